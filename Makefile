@@ -1,0 +1,79 @@
+# hexswarm: everything a person runs, from a fresh checkout on.
+#
+# Needs Python 3.11 or later with venv, gcc and make. PYTHON names another interpreter:
+#     make demo PYTHON=python3.12
+# pip obeys its own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, pip.conf). On Linux, PyPI's torch
+# is the CUDA build (gigabytes); for the CPU build name PyTorch's index of CPU wheels:
+#     make env TORCH_INDEX=https://...
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+EDITABLE := --no-build-isolation --config-settings editable_mode=strict -e
+PACKAGES := swarm swarm/transports peer peer/models router kernels bootstrap
+FILES := $(sort $(wildcard $(addsuffix /*.py,$(PACKAGES)) $(addsuffix /py.typed,$(PACKAGES))))
+
+# As typed, without make's view of "$": the prompt reaches the demo through its environment.
+override PROMPT := $(value PROMPT)
+export PROMPT
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help env demo test lint typecheck bench clean force
+
+help:
+	@echo 'make env        create $(VENV) with the tested versions and hexswarm itself'
+	@echo 'make demo       a swarm of real processes on this machine answers PROMPT="..."'
+	@echo 'make test       the test suite; ARGS="-k name" chooses'
+	@echo 'make lint       ruff: rules and format'
+	@echo 'make typecheck  mypy --strict on the parts that are held to it'
+	@echo 'make bench      measure against plain transformers on this machine'
+	@echo 'make clean      remove what was made, $(VENV) too'
+
+env: $(VENV)/installed
+
+demo: env
+	@if [ -n "$$PROMPT" ]; then exec $(BIN)/hexswarm demo -- "$$PROMPT"; \
+	else exec $(BIN)/hexswarm demo; fi
+
+test: env
+	$(BIN)/pytest -m 'not slow and not lab and not gpu' $(ARGS)
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: env
+	$(BIN)/python tests/typecheck.py
+
+bench: env
+	$(BIN)/python benchmarks/loopback.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find swarm peer router kernels bootstrap tests benchmarks -name __pycache__ -prune \
+	    -exec rm -rf {} +
+
+# The editable install is a tree of links to the files that exist at that moment, so it is made
+# again when the *list* of files changes, and not when a file does.
+$(VENV)/files: force | $(VENV)/dependencies
+	@echo '$(FILES)' | cmp -s - $@ || echo '$(FILES)' > $@
+
+$(VENV)/installed: $(VENV)/files $(VENV)/dependencies pyproject.toml
+	$(PIP) install --quiet --no-deps $(EDITABLE) .
+	@touch $@
+
+$(VENV)/dependencies: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install -c constraints.txt setuptools
+	$(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	$(PIP) install -c constraints.txt $(EDITABLE) '.[dev]'
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	    echo 'hexswarm needs Python 3.11 or later: name it with PYTHON=...' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	    echo 'Python lacks venv; on Debian and Ubuntu: apt-get install python3-venv' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,202 @@
+"""Speed of the engine's numerics beside plain transformers, in one process on one CPU thread.
+
+    python benchmarks/engine.py [--model FOLDER] [--repeats 3] [--threads 1]
+
+The whole model is one shard, driven by the runner exactly as a peer drives it (rows in, tokens
+out), without scheduler or network. Decode: 64 greedy tokens after a prompt of 40, at batch 1, 2, 4
+and 8; the first token ends the prefill and is not counted. Prefill: 40 and 256 tokens. Each setting
+runs ours, then transformers, and that again, so that a neighbour on the machine disturbs both;
+medians are printed. Ratios travel, absolute numbers do not. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hexswarm.peer.models.registry import architecture
+from hexswarm.peer.runner import Runner
+from hexswarm.peer.shard import Shard
+from hexswarm.peer.steps import Batch, Row, TailPolicy
+from hexswarm.records import Sampling, Span
+
+FOLDER = Path.home() / ".hexswarm/models/SmolLM2-135M-Instruct"
+PROMPT, ANSWER = 40, 64
+TEXT = """A harbour at dawn is a place of many small sounds. Ropes creak, gulls quarrel over what
+the night has left, and somewhere a diesel engine turns over twice before it catches. The
+fishermen speak little. Each of them knows what is to be done, and in which order, and the order
+has not changed since their fathers stood on the same stones. """
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One run: seconds by the clock and of the processor, and the tokens it gave."""
+
+    wall_s: float
+    cpu_s: float
+    tokens: list[list[int]]
+
+
+class Ours:
+    """The whole model in one shard."""
+
+    def __init__(self, folder: Path) -> None:
+        config = architecture(json.loads((folder / "config.json").read_text()))
+        tensors: dict[str, torch.Tensor] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            tensors.update(load_file(path))
+        shard = Shard(config, Span(0, config.layers), config.layers, tensors)
+        self.runner = Runner(shard, shard.make_pool(blocks=256))
+        self.policy = TailPolicy(Sampling())
+
+    def _step(self, position: int, payloads: list[list[int]]) -> list[int]:
+        each = 256 // len(payloads)
+        rows = tuple(
+            Row(
+                session=bytes([index]),
+                position=position,
+                count=len(ids),
+                payload=ids,
+                sample=True,
+                blocks=tuple(range(index * each, (index + 1) * each)),
+                policy=self.policy,
+            )
+            for index, ids in enumerate(payloads)
+        )
+        results = self.runner.run(Batch(rows))
+        assert all(result.token is not None for result in results), results
+        return [result.token or 0 for result in results]
+
+    def prefill(self, prompts: list[list[int]]) -> Timing:
+        wall, cpu = time.perf_counter(), time.process_time()
+        tokens = self._step(0, prompts)
+        return Timing(
+            time.perf_counter() - wall, time.process_time() - cpu, [[token] for token in tokens]
+        )
+
+    def decode(self, prompts: list[list[int]]) -> Timing:
+        answers = self.prefill(prompts).tokens
+        wall, cpu = time.perf_counter(), time.process_time()
+        for step in range(ANSWER - 1):
+            tokens = self._step(len(prompts[0]) + step, [answer[-1:] for answer in answers])
+            for answer, token in zip(answers, tokens, strict=True):
+                answer.append(token)
+        return Timing(time.perf_counter() - wall, time.process_time() - cpu, answers)
+
+
+class Theirs:
+    """Plain transformers."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def _generate(self, prompts: list[list[int]], count: int, marks: list[Any]) -> list[list[int]]:
+        def mark(ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+            marks.append((time.perf_counter(), time.process_time()))
+            return torch.zeros(len(ids), dtype=torch.bool)
+
+        ids = torch.tensor(prompts)
+        out = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+            repetition_penalty=1.0,
+            stopping_criteria=[mark],
+        )
+        answers: list[list[int]] = out[:, len(prompts[0]) :].tolist()
+        return answers
+
+    def prefill(self, prompts: list[list[int]]) -> Timing:
+        marks: list[Any] = [(time.perf_counter(), time.process_time())]
+        tokens = self._generate(prompts, 1, marks)
+        return Timing(marks[1][0] - marks[0][0], marks[1][1] - marks[0][1], tokens)
+
+    def decode(self, prompts: list[list[int]]) -> Timing:
+        marks: list[Any] = []
+        tokens = self._generate(prompts, ANSWER, marks)
+        return Timing(marks[-1][0] - marks[0][0], marks[-1][1] - marks[0][1], tokens)
+
+
+def compare(
+    ours: Callable[[], Timing], theirs: Callable[[], Timing], repeats: int
+) -> tuple[Timing, Timing, bool]:
+    """Medians of interleaved runs, and whether the tokens agree."""
+    pairs = [(ours(), theirs()) for _ in range(repeats)]
+    equal = all(a.tokens == b.tokens for a, b in pairs)
+    sides = []
+    for side in (0, 1):
+        runs = [pair[side] for pair in pairs]
+        wall = statistics.median(run.wall_s for run in runs)
+        cpu = statistics.median(run.cpu_s for run in runs)
+        sides.append(Timing(wall, cpu, runs[0].tokens))
+    return sides[0], sides[1], equal
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=FOLDER)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 2, 4, 8])
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    ids = AutoTokenizer.from_pretrained(given.model)(TEXT * 8)["input_ids"]
+    ours, theirs = Ours(given.model), Theirs(given.model)
+    ours.prefill([ids[:8]])
+    theirs.prefill([ids[:8]])
+    report: dict[str, Any] = {"torch": torch.__version__, "threads": given.threads}
+
+    for length in (PROMPT, 256):
+        prompts = [ids[:length]]
+        a, b, equal = compare(
+            lambda p=prompts: ours.prefill(p),  # type: ignore[misc]
+            lambda p=prompts: theirs.prefill(p),  # type: ignore[misc]
+            given.repeats + 2,
+        )
+        report[f"prefill_{length}"] = {
+            "ours_s": round(a.wall_s, 4),
+            "transformers_s": round(b.wall_s, 4),
+            "ratio": round(b.wall_s / a.wall_s, 3),
+            "equal": equal,
+        }
+        print(f"prefill {length:3d}: {report[f'prefill_{length}']}", flush=True)
+
+    for batch in given.batches:
+        prompts = [ids[7 * i : 7 * i + PROMPT] for i in range(batch)]
+        a, b, equal = compare(
+            lambda p=prompts: ours.decode(p),  # type: ignore[misc]
+            lambda p=prompts: theirs.decode(p),  # type: ignore[misc]
+            given.repeats,
+        )
+        count = batch * (ANSWER - 1)
+        report[f"decode_{batch}"] = {
+            "ours_tok_s": round(count / a.wall_s, 2),
+            "transformers_tok_s": round(count / b.wall_s, 2),
+            "ratio": round(b.wall_s / a.wall_s, 3),
+            "ours_cpu_s_per_token": round(a.cpu_s / count, 5),
+            "transformers_cpu_s_per_token": round(b.cpu_s / count, 5),
+            "equal": equal,
+        }
+        print(f"decode x{batch}: {report[f'decode_{batch}']}", flush=True)
+
+    if {1, 4} <= set(given.batches):
+        four, one = report["decode_4"], report["decode_1"]
+        ratio = four["ours_cpu_s_per_token"] / one["ours_cpu_s_per_token"]
+        report["cpu_batch_4_over_1"] = round(ratio, 3)
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""The operations of a decoder layer, each in a few lines of plain PyTorch.
+
+They are the meaning of the faster versions (Triton, later), the tests' yardstick, and on a CPU the
+product itself. So each is also the cheapest formulation that we measured there: at decode a layer's
+arrays are so small that the number of operations counts, not their size. Functions that end in an
+underscore change their first argument.
+
+Shapes: `tokens` are those of a ragged batch (see `hexswarm.kernels.ragged`); a layer's cache is
+`[slots, 2, kv heads, head dim]`, keys before values, so that one copy appends both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hexswarm.kernels.ragged import Piece
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, the root in float32."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    epsilon = _constant(eps, x.device)
+    scale = torch.addcmul(epsilon, norm, norm, value=1 / x.shape[-1]).rsqrt_()
+    if x.dtype == torch.float32:
+        return torch.mul(x, scale).mul_(weight)
+    return torch.mul(x.float(), scale).to(x.dtype).mul_(weight)
+
+
+@lru_cache(maxsize=64)
+def _constant(value: float, device: torch.device) -> Tensor:
+    """A number as a tensor: arithmetic with a plain number makes one each time."""
+    return torch.full((1,), value, device=device)
+
+
+def rope_tables(
+    positions: Tensor, frequencies: Tensor, scaling: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `[tokens, 1, head dim]`; the sines of the first half are negated."""
+    angles = positions[:, None, None].float() * frequencies
+    cos, sin = angles.cos().mul_(scaling), angles.sin().mul_(scaling)
+    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+
+
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of `[tokens, heads, head dim]`, halves against each other as in HF Llama."""
+    turned = x.roll(x.shape[-1] // 2, -1)
+    return x.mul_(cos).addcmul_(turned, sin)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of `[tokens, 2 * width]`, gate first."""
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate).mul_(up)
+
+
+def append_(cache: Tensor, slots: Tensor, keys_values: Tensor) -> None:
+    """Write `[tokens, 2, kv heads, head dim]` into their slots of one layer's cache."""
+    cache.index_copy_(0, slots, keys_values)
+
+
+def attend(q: Tensor, cache: Tensor, pieces: Sequence[Piece], scale: float) -> Tensor:
+    """Causal attention of `[tokens, heads, head dim]` over the paged cache of one layer.
+
+    Returns `[tokens, heads * head dim]`. The cache already holds the batch's own keys and values.
+    """
+    if len(pieces) == 1:
+        return _attend_one(q, cache, pieces[0], scale)
+    parts = [_attend_one(q[p.first : p.end], cache, p, scale) for p in pieces]
+    return torch.cat(parts)
+
+
+def _attend_one(q: Tensor, cache: Tensor, piece: Piece, scale: float) -> Tensor:
+    tokens, heads, head_dim = q.shape
+    keys_values = cache[piece.keys]  # a view for a slice, a copy for an index
+    k, v = keys_values.transpose(0, 2).unsqueeze(0).unbind(2)
+    if tokens == 1:  # the heads of a group as its queries: no mask, and no copy of the keys
+        grouped = q.reshape(1, k.shape[1], -1, head_dim)
+        out = F.scaled_dot_product_attention(grouped, k, v, scale=scale)
+        return out.reshape(1, heads * head_dim)
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1).unsqueeze(0),
+        k,
+        v,
+        attn_mask=piece.mask,
+        is_causal=piece.causal,
+        scale=scale,
+        enable_gqa=heads != k.shape[1],
+    )
+    return out.transpose(1, 2).reshape(tokens, heads * head_dim)

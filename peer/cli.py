@@ -1,0 +1,45 @@
+"""`hexswarm peer`: the volunteer's door."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+from collections.abc import Callable
+
+from hexswarm.config import PeerConfig, from_flags
+from hexswarm.peer.daemon import Peer, run_peer
+from hexswarm.progress import Terminal
+
+
+def run(flags: argparse.Namespace) -> int:
+    """Serve until SIGTERM or Ctrl-C, then drain; a second signal ends at once."""
+    config = from_flags(PeerConfig, flags)
+    asyncio.run(run_peer(config, Terminal(), _say, stop_on_signals))
+    return 0
+
+
+def stop_on_signals(stop: Callable[[], None]) -> None:
+    """The first signal calls `stop`, the second one kills as usual."""
+    loop = asyncio.get_running_loop()
+
+    def first(number: signal.Signals) -> None:
+        loop.remove_signal_handler(number)
+        stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, first, number)
+
+
+def _say(peer: Peer) -> None:
+    served = peer.served
+    speed = served.speed
+    per_token_s = speed.decode_layer_s * len(served.span) + speed.head_s
+    print(
+        f"serving layers {served.span} of {served.folder.spec.name} as {peer.peer} "
+        f"({served.dtype} on {served.device}, {1 / max(per_token_s, 1e-9):.0f} steps/s, "
+        f"KV for {peer.config.kv_tokens} tokens)",
+        flush=True,
+    )
+    for address in peer.addresses:
+        print(f"address {address}/p2p/{peer.peer}", flush=True)

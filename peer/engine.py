@@ -1,0 +1,294 @@
+"""The step loop: one thread owns the device, asyncio owns the network, one lock lies between.
+
+Launching kernels from one thread makes their order trivial, and keeps a 30 ms step from freezing
+the streams of every session. The thread sleeps on a condition (no spinning: a volunteer's machine
+is shared), wakes when steps are submitted, asks the scheduler for a batch, runs it without the
+lock, and hands all its results to the event loop in a single `call_soon_threadsafe`.
+
+Ownership. Scheduler and block tables are touched under the lock only, by either side, for
+microseconds: the event loop opens, extends and closes sessions and submits steps directly, so that
+admission is answered in the same call and needs no messages to and fro. The runner and everything
+with tensors is touched by the device thread only; `between` runs a function there, between two
+batches. Rejected: accounting by the device thread alone (an open would wait for a running step),
+and a queue of messages in front of the scheduler (the scheduler *is* the queue; its length is
+bounded, since what waits of a session never exceeds what the session leased).
+
+Steps are checked when they are submitted, in order: the cached length then counts accepted steps
+as written. That holds because a session's steps run in order, and if one fails, those behind it
+vanish and the length is taken back. A closed session's blocks may be leased anew while its last
+batch still runs: the newcomer's first write comes after that batch, on the same thread.
+
+Failures. A step that leaves a gap, exceeds its lease, or belongs to no session gives a
+`Result.error` for its session only. If the runner raises (out of memory included), the rows of that
+batch fail, one line is logged (the traceback once per kind), and the thread lives on: a volunteer
+who starts a game must not lose the peer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from hexswarm.clock import Clock
+from hexswarm.errors import HexswarmError, RemoteProtocolError, SessionClosed
+from hexswarm.peer.cache import BlockTables, Lease
+from hexswarm.peer.scheduler import Scheduler
+from hexswarm.peer.steps import Batch, Result, Row, SessionKey, Step
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+Deliver = Callable[[list[Result]], None]
+
+
+class Runner(Protocol):
+    """What computes batches; called by the device thread only."""
+
+    def run(self, batch: Batch) -> Sequence[Result]:
+        """One result per row, in the order of the rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What the device did since the engine started; differences of two loads give rates."""
+
+    batches: int = 0
+    rows: int = 0
+    tokens: int = 0
+    crashes: int = 0
+    busy_s: float = 0.0
+
+
+class Engine:
+    """Runs the steps submitted to it and delivers their results to the loop that started it."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        cache: BlockTables,
+        *,
+        clock: Clock,
+        deliver: Deliver,
+    ) -> None:
+        self._runner = runner
+        self._scheduler = scheduler
+        self._cache = cache
+        self._clock = clock
+        self._deliver = deliver
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._wake = threading.Condition(threading.Lock())
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._stopping = False
+        self._crash_kinds: set[type[Exception]] = set()
+        self._thread = threading.Thread(target=self._live, name="hexswarm-device", daemon=True)
+        self.load = Load()
+
+    def start(self) -> None:
+        """Start the device thread; results will be delivered in the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 10.0) -> bool:
+        """End the thread after the batch it computes; False if that took longer than allowed.
+
+        What waits is not computed and not answered: draining first is the server's decision.
+        """
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and not self._stopping
+
+    def open(self, session: SessionKey, tokens: int) -> Lease:
+        """Lease KV for a new session or raise KvFull."""
+        with self._wake:
+            return self._cache.lease(session, tokens, self._clock.monotonic())
+
+    def extend(self, session: SessionKey, tokens: int) -> Lease:
+        """Make the session's lease `tokens` long in all, or raise KvFull or SessionClosed."""
+        with self._wake:
+            return self._cache.extend(session, tokens, self._clock.monotonic())
+
+    def close(self, session: SessionKey) -> bool:
+        """End a session: its KV is free, its steps vanish; False if it was not open."""
+        with self._wake:
+            self._scheduler.drop(session)
+            return self._cache.release(session, self._clock.monotonic())
+
+    def cancel(self, session: SessionKey) -> None:
+        """Forget the steps of a session that wait; its lease and what was computed stay."""
+        with self._wake:
+            self._scheduler.drop(session)
+
+    def expire(self) -> list[SessionKey]:
+        """Close the sessions that no step renewed for the time of a lease, and name them."""
+        with self._wake:
+            sessions = self._cache.expire(self._clock.monotonic())
+            for session in sessions:
+                self._scheduler.drop(session)
+            return sessions
+
+    @property
+    def free_tokens(self) -> int:
+        """Tokens that a new session could lease."""
+        with self._wake:
+            return self._cache.free_tokens
+
+    def queue_s(self) -> float:
+        """Expected seconds of work that waits."""
+        with self._wake:
+            return self._scheduler.queue_s()
+
+    def submit(self, steps: Iterable[Step]) -> None:
+        """Take steps that arrived together; those in error are answered like a computed row."""
+        refused = []
+        with self._wake:
+            now = self._clock.monotonic()
+            for step in steps:
+                try:
+                    self._admit(step, now)
+                except HexswarmError as error:
+                    refused.append(Result(_whole(step), error=str(error)))
+            self._wake.notify()
+        if refused:
+            self._post(refused)
+
+    def between(self, call: Callable[[], T]) -> Future[T]:
+        """Run `call` on the device thread between two batches (warm-up, per-session state)."""
+        future: Future[T] = Future()
+        with self._wake:
+            if self._stopping:
+                future.cancel()
+            else:
+                self._calls.append((call, future))
+                self._wake.notify()
+        return future
+
+    def _admit(self, step: Step, now: float) -> None:
+        if self._stopping:
+            raise SessionClosed("this stage is shutting down")
+        lease = self._cache.lease_of(step.session)
+        if self._scheduler.pending_tokens(step.session) + step.count > lease.tokens:
+            raise RemoteProtocolError("more steps wait than the session can have")
+        self._cache.write(step.session, step.position, step.count, now)
+        self._scheduler.submit(step, now)
+
+    def _live(self) -> None:
+        """The device thread."""
+        try:
+            while (work := self._next()) is not None:
+                if isinstance(work, Batch):
+                    self._compute(work)
+                else:
+                    _resolve(*work)
+        finally:
+            with self._wake:
+                self._stopping = True
+                for _, future in self._calls:
+                    future.cancel()
+
+    def _next(self) -> Batch | tuple[Callable[[], Any], Future[Any]] | None:
+        """Sleep until there is something to do; None to end."""
+        with self._wake:
+            while not self._stopping:
+                if self._calls:
+                    return self._calls.popleft()
+                now = self._clock.monotonic()
+                picked = self._scheduler.pick(now)
+                if isinstance(picked, Batch):
+                    return picked
+                self._wake.wait(None if picked is None else max(0.0, picked.until - now))
+        return None
+
+    def _compute(self, batch: Batch) -> None:
+        started_s = self._clock.monotonic()
+        crash: Exception | None = None
+        try:
+            results = list(self._runner.run(batch))
+            if len(results) != len(batch.rows):
+                raise RuntimeError(f"{len(results)} results for {len(batch.rows)} rows")
+        except Exception as error:
+            crash = error
+            reason = f"the stage failed to compute ({type(error).__name__})"
+            results = [Result(row, error=reason) for row in batch.rows]
+            self._log(error, batch)
+        ended_s = self._clock.monotonic()
+        with self._wake:
+            if crash is None:
+                self._scheduler.finished(batch, ended_s, ended_s - started_s)
+            self._account(batch, results, ended_s, ended_s - started_s, crash is not None)
+        self._post(results)
+
+    def _account(
+        self, batch: Batch, results: list[Result], now: float, busy_s: float, crashed: bool
+    ) -> None:
+        """Count the batch, renew its leases, and take failed sessions' steps back."""
+        last = self.load
+        self.load = Load(
+            last.batches + 1,
+            last.rows + len(batch.rows),
+            last.tokens + batch.tokens,
+            last.crashes + crashed,
+            last.busy_s + busy_s,
+        )
+        for result in results:
+            session = result.row.session
+            self._cache.renew(session, now)
+            if result.error is not None:
+                self._scheduler.drop(session)
+                self._cache.rewind(session, result.row.position)
+
+    def _log(self, error: Exception, batch: Batch) -> None:
+        new = type(error) not in self._crash_kinds
+        self._crash_kinds.add(type(error))
+        log.error(
+            "a batch of %d rows (%d tokens) failed: %r",
+            len(batch.rows),
+            batch.tokens,
+            error,
+            exc_info=error if new else None,
+        )
+
+    def _post(self, results: list[Result]) -> None:
+        assert self._loop is not None, "start() comes before submit()"
+        try:
+            self._loop.call_soon_threadsafe(self._deliver, results)
+        except RuntimeError:
+            log.debug("the event loop is closed: %d results dropped", len(results))
+
+
+def _resolve(call: Callable[[], Any], future: Future[Any]) -> None:
+    """Run a call for its future."""
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(call())
+    except Exception as error:
+        future.set_exception(error)
+
+
+def _whole(step: Step) -> Row:
+    """A refused step as the row it would have been."""
+    return Row(
+        session=step.session,
+        position=step.position,
+        count=step.count,
+        payload=None,
+        sample=step.last,
+        blocks=(),
+        turn=step.turn,
+        span=step.span,
+    )

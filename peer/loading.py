@@ -1,0 +1,139 @@
+"""From a config to something that can run: device, span, weights, KV pool and measured speed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hexswarm.config import PeerConfig
+from hexswarm.errors import OutOfMemory, UsageError
+from hexswarm.peer.cache import BLOCK_TOKENS
+from hexswarm.peer.models.architecture import read_architecture
+from hexswarm.peer.probe import cached, measure
+from hexswarm.peer.runner import Runner
+from hexswarm.peer.shard import Shard
+from hexswarm.peer.weights import load_span, span_bytes
+from hexswarm.progress import Progress
+from hexswarm.records import DTYPES, Span, Speed
+from hexswarm.store import ModelFolder
+from hexswarm.version import __version__
+
+MEMORY_SHARE = 0.8
+"""Of the free memory, for weights and KV; the rest is the machine's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What was loaded, ready to run."""
+
+    folder: ModelFolder
+    span: Span
+    runner: Runner
+    blocks: int
+    dtype: str
+    device: str
+    speed: Speed
+
+
+def choose_device(config: PeerConfig) -> tuple[str, str]:
+    """Device and dtype for `auto`: the first CUDA device in bfloat16, else the CPU in float32."""
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise UsageError(f"no CUDA device for {device!r}", remedy="use --device cpu")
+    except RuntimeError as error:
+        raise UsageError(f"unknown device {device!r}", remedy="use cpu, cuda or cuda:N") from error
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "float32" if kind == "cpu" else "bfloat16"
+    return device, dtype
+
+
+def free_bytes(device: str) -> int:
+    """Memory that is free on `device` now."""
+    if device.startswith("cuda"):
+        free, _ = torch.cuda.mem_get_info(torch.device(device))
+        return int(free)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def check_span(span: Span, layers: int) -> Span:
+    """`span` if the model has it. Raises UsageError."""
+    if span.end > layers:
+        raise UsageError(
+            f"span {span} reaches beyond the model's {layers} layers",
+            remedy=f"give a span inside 0:{layers}",
+        )
+    return span
+
+
+def span_for_memory(
+    folder: ModelFolder, kv_tokens: int, dtype: str, budget: int, coverage: Sequence[int]
+) -> Span:
+    """As many layers as fit `budget` bytes, where the swarm has the fewest copies.
+
+    Ties go to the lower layer. Raises OutOfMemory if not even one layer fits.
+    """
+    layers = folder.spec.layers
+    kv_layer = folder.spec.kv_bytes_per_token_layer // 2 * DTYPES[dtype] * kv_tokens
+
+    def fits(span: Span) -> bool:
+        return span_bytes(folder, span, dtype) + kv_layer * len(span) <= budget
+
+    for length in range(layers, 0, -1):
+        windows = [Span(first, first + length) for first in range(layers - length + 1)]
+        fitting = [window for window in windows if fits(window)]
+        if fitting:
+            return min(
+                fitting,
+                key=lambda span: (sorted(coverage[span.first : span.end]), span.first),
+            )
+    raise OutOfMemory(
+        f"not one layer with KV for {kv_tokens} tokens fits {budget >> 20} MiB",
+        remedy="lower --kv-tokens or free memory",
+    )
+
+
+def load(
+    config: PeerConfig, folder: ModelFolder, span: Span, device: str, dtype: str, progress: Progress
+) -> Served:
+    """Weights, KV pool and measured speed of one span. Raises OutOfMemory, CorruptWeights."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch_dtype = getattr(torch, dtype)
+    tensors = load_span(folder, span, dtype=torch_dtype, device="cpu", progress=progress)
+    architecture = read_architecture(folder.config)
+    shard = Shard(architecture, span, folder.spec.layers, tensors, dtype, device)
+    blocks = -(-config.kv_tokens // BLOCK_TOKENS)
+    try:
+        pool = shard.make_pool(blocks)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        raise OutOfMemory(
+            f"KV for {config.kv_tokens} tokens does not fit {device}",
+            remedy="lower --kv-tokens",
+        ) from error
+    runner = Runner(shard, pool)
+    parts = (
+        *(folder.spec.digest, span, dtype, device, torch.get_num_threads()),
+        *(__version__, torch.__version__, platform.processor(), platform.node()),
+    )
+    progress.note(f"measuring the speed of layers {span} on {device}")
+    speed = cached(
+        config.cache / "speed.json",
+        parts,
+        lambda: measure(runner.run, span, folder.spec.layers, folder.spec.hidden, dtype),
+    )
+    return Served(folder, span, runner, blocks, dtype, device, speed)

@@ -1,0 +1,107 @@
+"""Turns Hugging Face tensors into decoder layers for Llama, Mistral, Qwen2 and Qwen3.
+
+Each source tensor is taken out of the caller's mapping as it is copied into its place in a fused
+matrix, so that loading needs room for the span plus little more than one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+
+import torch
+from torch import Tensor
+
+from hexswarm.errors import CorruptWeights
+from hexswarm.peer.models.architecture import Architecture
+from hexswarm.peer.models.layers import DecoderLayer
+
+
+class Source:
+    """The tensors of a checkpoint, taken out one by one, checked and moved to their place."""
+
+    def __init__(
+        self, tensors: MutableMapping[str, Tensor], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.tensors, self.dtype, self.device = tensors, dtype, device
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """A tensor in the shard's dtype, on its device, owned by us."""
+        out = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return out.copy_(self._pop(name, shape))
+
+    def take_transposed(self, parts: Sequence[tuple[str, int]], inputs: int) -> Tensor:
+        """Fuse `[out, in]` matrices into one `[in, sum of out]`."""
+        width = sum(out for _, out in parts)
+        fused = torch.empty((inputs, width), dtype=self.dtype, device=self.device)
+        column = 0
+        for name, out in parts:
+            fused[:, column : column + out].copy_(self._pop(name, (out, inputs)).t())
+            column += out
+        return fused
+
+    def take_joined(self, parts: Sequence[tuple[str, int]]) -> Tensor:
+        """Fuse vectors end to end."""
+        return torch.cat([self.take(name, size) for name, size in parts])
+
+    def _pop(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        try:
+            tensor = self.tensors.pop(name)
+        except KeyError:
+            raise CorruptWeights(f"the weights lack {name}") from None
+        if tuple(tensor.shape) != shape:
+            raise CorruptWeights(f"{name} has shape {tuple(tensor.shape)} instead of {shape}")
+        return tensor
+
+
+def layer_tensors(a: Architecture, index: int) -> tuple[str, ...]:
+    """Names of the tensors that `build_layer` takes."""
+    attention = [f"{kind}_proj.weight" for kind in "qkvo"]
+    attention += [f"{kind}_proj.bias" for kind in "qkv"] if a.qkv_bias else []
+    attention += ["o_proj.bias"] if a.o_bias else []
+    attention += ["q_norm.weight", "k_norm.weight"] if a.qk_norm else []
+    ends = ("weight", "bias") if a.mlp_bias else ("weight",)
+    mlp = [f"{kind}_proj.{end}" for kind in ("gate", "up", "down") for end in ends]
+    names = ["input_layernorm.weight", "post_attention_layernorm.weight"]
+    names += [f"self_attn.{name}" for name in attention] + [f"mlp.{name}" for name in mlp]
+    return tuple(f"model.layers.{index}.{name}" for name in names)
+
+
+def build_layer(a: Architecture, index: int, source: Source) -> DecoderLayer:
+    """Fuse the tensors of layer `index`."""
+    prefix = f"model.layers.{index}"
+    attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+    q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
+    qkv = ((f"{attention}.q_proj", q), (f"{attention}.k_proj", kv), (f"{attention}.v_proj", kv))
+    gate_up = ((f"{mlp}.gate_proj", a.intermediate), (f"{mlp}.up_proj", a.intermediate))
+    o, down = ((f"{attention}.o_proj", a.hidden),), ((f"{mlp}.down_proj", a.hidden),)
+
+    def matrix(parts: Sequence[tuple[str, int]], inputs: int) -> Tensor:
+        return source.take_transposed([(f"{name}.weight", n) for name, n in parts], inputs)
+
+    def bias(parts: Sequence[tuple[str, int]], present: bool) -> Tensor | None:
+        return source.take_joined([(f"{name}.bias", n) for name, n in parts]) if present else None
+
+    return DecoderLayer(
+        heads=a.heads,
+        kv_heads=a.kv_heads,
+        head_dim=a.head_dim,
+        eps=a.norm_eps,
+        window=a.windows[index],
+        input_norm=source.take(f"{prefix}.input_layernorm.weight", a.hidden),
+        qkv=matrix(qkv, a.hidden),
+        qkv_bias=bias(qkv, a.qkv_bias),
+        qk_norm=_qk_norm(a, attention, source) if a.qk_norm else None,
+        o=matrix(o, q),
+        o_bias=bias(o, a.o_bias),
+        post_norm=source.take(f"{prefix}.post_attention_layernorm.weight", a.hidden),
+        gate_up=matrix(gate_up, a.hidden),
+        gate_up_bias=bias(gate_up, a.mlp_bias),
+        down=matrix(down, a.intermediate),
+        down_bias=bias(down, a.mlp_bias),
+    )
+
+
+def _qk_norm(a: Architecture, attention: str, source: Source) -> Tensor:
+    q = source.take(f"{attention}.q_norm.weight", a.head_dim).expand(a.heads, -1)
+    k = source.take(f"{attention}.k_norm.weight", a.head_dim).expand(a.kv_heads, -1)
+    return torch.cat((q, k))

@@ -1,0 +1,90 @@
+"""How fast is this machine at its own span: measured at start, in a second or two, and cached.
+
+The probe drives the real runner, not a model of it: single-token steps (decode) and one chunk
+(prefill) in a scratch session. Seconds per layer are what the router wants (a session may use less
+than the whole span), so the LM head's share is measured apart: a step that samples minus one that
+does not. The figure is cached by everything that determines it; a peer restarted with the same
+span announces at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hexswarm.peer.cache import blocks_of
+from hexswarm.peer.steps import Activations, Batch, Row, TailPolicy
+from hexswarm.records import DTYPES, Sampling, Span, Speed
+
+CHUNK_TOKENS = 64
+STEPS = 6
+REPEATS = 3
+
+
+def measure(
+    run: Callable[[Batch], Any], span: Span, layers: int, hidden: int, dtype: str
+) -> Speed:
+    """Seconds per token and layer of `run`, which must accept rows on blocks from 0 on."""
+    blocks = tuple(range(blocks_of(CHUNK_TOKENS + STEPS)))
+    head, tail = span.first == 0, span.end == layers
+
+    def payload(count: int) -> object:
+        if head:
+            return [0] * count
+        return Activations(bytes(count * hidden * DTYPES[dtype]), dtype)
+
+    def timed(position: int, count: int, sample: bool) -> float:
+        policy = TailPolicy(Sampling())
+        row = Row(
+            session=b"probe".ljust(16, b"\0"),
+            position=position,
+            count=count,
+            payload=payload(count),
+            sample=sample and tail,
+            blocks=blocks,
+            policy=policy if tail else None,
+        )
+        began = time.perf_counter()
+        run(Batch((row,)))
+        return time.perf_counter() - began
+
+    timed(0, CHUNK_TOKENS, sample=True)  # warm-up
+    prefill = min(timed(0, CHUNK_TOKENS, sample=False) for _ in range(REPEATS))
+    plain = [timed(CHUNK_TOKENS + n % STEPS, 1, sample=False) for n in range(2 * STEPS)]
+    decode = statistics.median(plain)
+    head_s = 0.0
+    if tail:
+        full = [timed(CHUNK_TOKENS + n % STEPS, 1, sample=True) for n in range(2 * STEPS)]
+        head_s = max(0.0, statistics.median(full) - decode)
+    return Speed(
+        decode_layer_s=decode / len(span),
+        prefill_layer_s=prefill / CHUNK_TOKENS / len(span),
+        head_s=head_s,
+    )
+
+
+def cached(path: Path, parts: tuple[object, ...], probe: Callable[[], Speed]) -> Speed:
+    """The speed stored in `path` for `parts`, or a fresh measurement, stored."""
+    key = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+    stored: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        stored = json.loads(path.read_text())
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        return Speed(*(float(value) for value in stored[key]))
+    speed = probe()
+    stored[key] = [speed.decode_layer_s, speed.prefill_layer_s, speed.head_s]
+    with contextlib.suppress(OSError, TypeError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f"{path.name}.{os.getpid()}")
+        draft.write_text(json.dumps(stored))
+        draft.replace(path)
+    return speed
+
+

@@ -1,0 +1,87 @@
+"""The effects of a peer's sessions: frames to the stage table, steps to the engine, results back.
+
+Everything decided lives in `stage.py` (sessions), `scheduler.py` (batches) and `cache.py` (KV);
+this file only moves things between them and the links, on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterable
+
+from hexswarm.clock import Clock
+from hexswarm.errors import PeerLost
+from hexswarm.links import Links, Outgoing
+from hexswarm.peer.engine import Engine
+from hexswarm.peer.stage import Action, Dial, Drop, Send, StageTable, Submit, Watch
+from hexswarm.peer.steps import Result, Step
+from hexswarm.records import PeerId
+from hexswarm.wire import Frame
+
+EXPIRE_EVERY_S = 5.0
+
+
+class PeerServer:
+    """Connects one stage table with one engine and the links."""
+
+    def __init__(self, table: StageTable, engine: Engine, links: Links, clock: Clock) -> None:
+        self.table = table
+        self.engine = engine
+        self.links = links
+        self._clock = clock
+        self._dials: set[asyncio.Task[None]] = set()
+        self._quiet = asyncio.Event()
+
+    def on_frames(self, peer: PeerId, frames: list[Frame]) -> None:
+        self.carry_out(self.table.on_frames(peer, frames, self._clock.monotonic()))
+
+    def on_lost(self, peer: PeerId, how: str) -> None:
+        self.carry_out(self.table.on_lost(peer))
+
+    def deliver(self, results: list[Result]) -> None:
+        """What the device thread finished; called on the event loop."""
+        self.carry_out(self.table.on_results(results, self._clock.monotonic()))
+
+    async def expire_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(EXPIRE_EVERY_S)
+            self.carry_out(self.table.expire())
+
+    async def quiet(self, timeout_s: float) -> None:
+        """Wait until no session is open, at most `timeout_s`."""
+        self._quiet.clear()
+        if len(self.table):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._quiet.wait(), timeout_s)
+
+    def carry_out(self, actions: Iterable[Action]) -> None:
+        steps: list[Step] = []
+        sends: dict[tuple[PeerId, int], list[Outgoing]] = {}
+        for action in actions:
+            match action:
+                case Submit(step=step):
+                    steps.append(step)
+                case Send(peer=peer, message=message, payload=payload, lane=lane):
+                    sends.setdefault((peer, lane), []).append((message, payload))
+                case Watch(peer=peer, on=on):
+                    (self.links.watch if on else self.links.unwatch)(peer)
+                case Drop(session=session):
+                    self.engine.cancel(session)
+                case Dial():
+                    task = asyncio.create_task(self._dial(action))
+                    self._dials.add(task)
+                    task.add_done_callback(self._dials.discard)
+        if steps:
+            self.engine.submit(steps)
+        for (peer, lane), outgoing in sends.items():
+            self.links.send(peer, outgoing, lane)  # a lost neighbour is told by on_lost
+        if not len(self.table):
+            self._quiet.set()
+
+    async def _dial(self, dial: Dial) -> None:
+        ok = False
+        with contextlib.suppress(PeerLost):
+            await self.links.connect(dial.peer, dial.addresses)
+            ok = True
+        self.carry_out(self.table.dialled(dial.session, dial.epoch, ok))

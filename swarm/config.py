@@ -1,0 +1,174 @@
+"""Configuration: one frozen dataclass per role; the only reader of the environment.
+
+A field's metadata holds its help text and, where it differs from the name, its flag; the doors
+derive their flags from it (`add_flags`, `from_flags`), so that no option is written twice.
+Order of precedence: default < environment (HEXSWARM_<FIELD>) < flag.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hexswarm.errors import UsageError
+from hexswarm.records import DTYPES, Span
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+"""The small model of the demo and the tests; see `hexswarm.store`."""
+
+T = TypeVar("T")
+
+
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """A dataclass field that is also a command-line flag."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+def home() -> Path:
+    """Folder of this user's part in a swarm: identities, remembered peers (HEXSWARM_HOME)."""
+    return Path(os.environ.get("HEXSWARM_HOME") or Path.home() / ".hexswarm")
+
+
+def cache() -> Path:
+    """Folder of what can be made again: models, file hashes, measured speeds (HEXSWARM_CACHE)."""
+    return Path(os.environ.get("HEXSWARM_CACHE") or Path.home() / ".hexswarm")
+
+
+def default_bootstrap() -> tuple[str, ...]:
+    """Bootstrap addresses of the environment (HEXSWARM_BOOTSTRAP, separated by commas)."""
+    given = os.environ.get("HEXSWARM_BOOTSTRAP", "")
+    return tuple(address.strip() for address in given.split(",") if address.strip())
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkConfig:
+    """What every process that joins a swarm needs."""
+
+    bootstrap: tuple[str, ...] = option(
+        (), "address of a node of the swarm, /ip4/.../tcp/.../p2p/...; may be given several times"
+    )
+    home: Path | None = option(None, "folder for identity and remembered peers (default: ~/.hexswarm)")
+
+    @property
+    def folder(self) -> Path:
+        return self.home or home()
+
+    @property
+    def cache(self) -> Path:
+        return cache()
+
+
+@dataclass(frozen=True, slots=True)
+class ListenConfig(NetworkConfig):
+    """What a process needs that others call."""
+
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 for all")
+    port: int = option(0, "TCP port to listen on; 0 takes a free one")
+    identity: Path | None = option(None, "file with the secret key; made when missing")
+    announce: tuple[str, ...] = option(
+        (), "address under which others reach this node, if it differs from host and port"
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise UsageError(f"port {self.port} is outside 0-65535")
+
+
+@dataclass(frozen=True, slots=True)
+class BootstrapConfig(ListenConfig):
+    """`hexswarm bootstrap`."""
+
+    port: int = option(31337, "TCP port to listen on; 0 takes a free one")
+
+
+@dataclass(frozen=True, slots=True)
+class PeerConfig(ListenConfig):
+    """`hexswarm peer`."""
+
+    model: str = option(DEFAULT_MODEL, "Hub id, folder of safetensors, or GGUF file")
+    span: Span | None = option(None, "layers to serve, FIRST:END; default: by free memory")
+    device: str = option("auto", "cpu, cuda, cuda:N or auto")
+    dtype: str = option("auto", "float32, bfloat16, float16 or auto (float32 on CPU)")
+    kv_tokens: int = option(16384, "tokens of all sessions for which KV memory is kept")
+    threads: int = option(0, "CPU threads for the layers; 0 lets PyTorch choose")
+    lease_s: float = option(300.0, "seconds after which an idle session loses its KV")
+    drain_s: float = option(25.0, "seconds that running sessions get to end after SIGTERM")
+
+    def __post_init__(self) -> None:
+        ListenConfig.__post_init__(self)
+        if self.dtype != "auto" and self.dtype not in DTYPES:
+            raise UsageError(f"unknown dtype {self.dtype!r}", remedy=f"use {', '.join(DTYPES)}")
+        if self.kv_tokens < 16:
+            raise UsageError("kv_tokens is at least 16")
+        if not 1 <= self.lease_s <= 86400 or not 0 <= self.drain_s <= 3600:
+            raise UsageError("lease_s is within 1-86400 and drain_s within 0-3600")
+
+
+@dataclass(frozen=True, slots=True)
+class ClientConfig(NetworkConfig):
+    """`hexswarm generate`, `chat`, `status` and the Python client."""
+
+    model: str = option(DEFAULT_MODEL, "Hub id, folder of safetensors, or GGUF file")
+    connect_s: float = option(8.0, "seconds to wait for a peer to answer a new session")
+    silence_s: float = option(8.0, "seconds without a sign of life after which a peer is lost")
+
+
+def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
+    """Give `parser` one flag for each option of the dataclass `config`."""
+    hints = typing.get_type_hints(config)
+    for item in dataclasses.fields(config):
+        if "help" not in item.metadata:
+            continue
+        kind, many = _element(hints[item.name])
+        parser.add_argument(
+            "--" + item.name.replace("_", "-"),
+            dest=item.name,
+            default=None,
+            type=kind,
+            action="append" if many else "store",
+            metavar=item.name.upper(),
+            help=item.metadata["help"]
+            + ("" if item.default in (None, ()) else f" (default: {item.default})"),
+        )
+
+
+def from_flags(
+    config: type[T], flags: argparse.Namespace, environment: Mapping[str, str] | None = None
+) -> T:
+    """Build `config` from parsed flags and HEXSWARM_<FIELD> variables.
+
+    Raises UsageError for values that do not parse or do not fit.
+    """
+    environment = os.environ if environment is None else environment
+    hints = typing.get_type_hints(config)
+    values: dict[str, Any] = {}
+    for item in dataclasses.fields(config):  # type: ignore[arg-type]
+        given = getattr(flags, item.name, None)
+        kind, many = _element(hints[item.name])
+        name = "HEXSWARM_" + item.name.upper()
+        if given is None and "help" in item.metadata and environment.get(name):
+            try:
+                words = environment[name].split(",") if many else [environment[name]]
+                given = [kind(word) for word in words]
+            except ValueError as error:
+                raise UsageError(f"{name}: {error}") from error
+            given = given if many else given[0]
+        if given is not None:
+            values[item.name] = tuple(given) if many else given
+    return config(**values)
+
+
+def _element(hint: Any) -> tuple[Any, bool]:
+    """The parser of one value of type `hint`, and whether many are allowed."""
+    if typing.get_origin(hint) is tuple:
+        return typing.get_args(hint)[0], True
+    if isinstance(hint, types.UnionType):
+        hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    return (Span.parse if hint is Span else hint), False

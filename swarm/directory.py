@@ -1,0 +1,265 @@
+"""Who serves what: signed announcements, their codec, and the view merged from them.
+
+An announcement travels as `msgpack [body, signature]`, the signature (Ed25519) made over the body
+by the key that the announcing peer's id consists of. The body carries everything that must not be
+altered: peer, model, expiry, sequence. So a record can be checked wherever it comes from (the DHT,
+a neighbour, a file), by anybody, without a look-up.
+
+`check_record` is the rule of admission for every DHT node, at store and at read: only subkeyed
+entries, subkey = the signer's peer id, the key that belongs to the body's model, a bounded size, a
+bounded expiry, a strict schema. Replaying an old record gains nothing, because the store keeps the
+entry with the later expiry and the expiry is signed. Records that have run out are *not* refused
+there: hivemind rejects a whole dictionary for one refused entry, so an entry that expires on the
+way would hide all the others; `Directory` drops them instead.
+
+`Directory` merges announcements; merging is commutative, associative and idempotent (the higher
+sequence wins, ties by bytes), so that order and repetition of arrival do not matter.
+
+Sharding (DESIGN 6): one dictionary per model holds 1,000 records of 500 bytes with ease and breaks
+at 4 MiB, so large swarms spread over 16 or 64 keys by hash of the peer id. Every record is also put
+under the index key of all models, from which `hexswarm status` lists what exists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+
+from hexswarm.errors import RemoteProtocolError, UsageError
+from hexswarm.identity import Identity, verify
+from hexswarm.records import Announcement, GroupMembership, PeerId, Span, Speed
+
+ANNOUNCE_S = 30.0
+"""Period of announcements."""
+EXPIRE_S = 90.0
+"""A peer that fell silent is forgotten after this; death is told earlier, over streams."""
+SKEW_S = 5.0
+"""Tolerated difference of clocks; hivemind refuses to join beyond 3 s."""
+MAX_RECORD_BYTES = 2048
+INDEX = "*"
+"""Stands for "any model" in a key."""
+SHARDS = (1, 16, 64)
+
+_CONTEXT = b"hexswarm/1 announcement\0"
+
+
+def shard_count(peers: int) -> int:
+    """How many keys a model's records are spread over when so many peers serve it."""
+    return 1 if peers <= 500 else 16 if peers <= 5000 else 64
+
+
+def shard_of(peer: PeerId, shards: int) -> int:
+    return hashlib.sha256(peer.encode()).digest()[0] % shards
+
+
+def directory_key(model: str, shard: int, shards: int) -> str:
+    """DHT key of one shard of the peers of `model` (a digest, or INDEX)."""
+    return f"hexswarm/1/{model}/{shard}of{shards}"
+
+
+@dataclass(frozen=True, slots=True)
+class SignedAnnouncement:
+    """An announcement, when it runs out (Unix seconds), and the bytes that prove it."""
+
+    announcement: Announcement
+    expires_s: float
+    data: bytes
+
+    @property
+    def peer(self) -> PeerId:
+        return self.announcement.peer
+
+
+def sign(announcement: Announcement, expires_s: float, identity: Identity) -> SignedAnnouncement:
+    """Seal `announcement`. Raises UsageError if it is not the identity's own or too large."""
+    if announcement.peer != identity.peer:
+        raise UsageError("a peer announces only itself")
+    body = msgpack.packb(_to_body(announcement, expires_s))
+    data = msgpack.packb([body, identity.sign(_CONTEXT + body)])
+    if len(data) > MAX_RECORD_BYTES:
+        raise UsageError(f"an announcement of {len(data)} bytes is over {MAX_RECORD_BYTES}")
+    return SignedAnnouncement(announcement, expires_s, data)
+
+
+def open_record(data: bytes) -> SignedAnnouncement:
+    """Decode and verify. Raises RemoteProtocolError for anything that is not in order."""
+    if len(data) > MAX_RECORD_BYTES:
+        raise RemoteProtocolError("a record is too large")
+    try:
+        body, signature = _unpack(data, 2)
+        announcement, expires_s = _from_body(_unpack(body, _FIELD_COUNT))
+    except (ValueError, TypeError, KeyError, UsageError, RecursionError, OverflowError) as error:
+        raise RemoteProtocolError(f"a malformed record: {error}") from error
+    if not verify(announcement.peer, _CONTEXT + body, signature):
+        raise RemoteProtocolError("a record with a bad signature")
+    return SignedAnnouncement(announcement, expires_s, data)
+
+
+def check_record(
+    key_hash: bytes, subkey: bytes, value: bytes, expires_s: float, now: float
+) -> SignedAnnouncement:
+    """The announcement of a DHT entry, or RemoteProtocolError: see the module's text.
+
+    `key_hash` is SHA-1 of the key (hivemind's DHT id), `subkey` and `value` are msgpack.
+    """
+    if not math.isfinite(expires_s) or expires_s > now + EXPIRE_S + SKEW_S:
+        raise RemoteProtocolError("a record that would live too long")
+    if len(value) > MAX_RECORD_BYTES + 8 or not subkey:
+        raise RemoteProtocolError("a record that is too large or has no owner")
+    try:
+        data = msgpack.unpackb(value, max_bin_len=MAX_RECORD_BYTES, max_ext_len=0)
+    except (ValueError, RecursionError, msgpack.UnpackException) as error:
+        raise RemoteProtocolError("a malformed record") from error
+    if not isinstance(data, bytes):
+        raise RemoteProtocolError("a foreign record")
+    record = open_record(data)
+    if subkey != msgpack.packb(record.peer):
+        raise RemoteProtocolError("a record under somebody else's name")
+    if abs(record.expires_s - expires_s) > 0.001:
+        raise RemoteProtocolError("a record with an altered expiry")
+    if key_hash not in _key_hashes(record.announcement.model, record.peer):
+        raise RemoteProtocolError("a record under the wrong key")
+    return record
+
+
+def _key_hashes(model: str, peer: PeerId) -> set[bytes]:
+    return {
+        hashlib.sha1(_packed_key(name, peer, shards)).digest()
+        for name in (model, INDEX)
+        for shards in SHARDS
+    }
+
+
+def _packed_key(model: str, peer: PeerId, shards: int) -> bytes:
+    packed: bytes = msgpack.packb(directory_key(model, shard_of(peer, shards), shards))
+    return packed
+
+
+class Directory:
+    """The announcements known at the moment; a pure fold over what arrives."""
+
+    def __init__(self) -> None:
+        self._records: dict[PeerId, SignedAnnouncement] = {}
+
+    def merge(self, records: Iterable[SignedAnnouncement]) -> None:
+        for record in records:
+            held = self._records.get(record.peer)
+            if held is None or _rank(record) > _rank(held):
+                self._records[record.peer] = record
+
+    def forget(self, peer: PeerId) -> None:
+        """Drop a peer that was seen dead; a newer announcement brings it back."""
+        held = self._records.get(peer)
+        if held is not None:
+            self._records[peer] = SignedAnnouncement(held.announcement, -math.inf, held.data)
+
+    def alive(self, now: float) -> tuple[Announcement, ...]:
+        """Announcements that have not run out, ordered by peer id."""
+        return tuple(
+            record.announcement
+            for peer, record in sorted(self._records.items())
+            if record.expires_s > now
+        )
+
+    def expire(self, now: float) -> None:
+        """Give back the memory of those that ran out long ago."""
+        self._records = {
+            peer: record
+            for peer, record in self._records.items()
+            if record.expires_s > now - EXPIRE_S
+            or (record.expires_s == -math.inf and record.announcement.issued_s > now - EXPIRE_S)
+        }
+
+
+def _rank(record: SignedAnnouncement) -> tuple[int, float, bytes]:
+    return record.announcement.sequence, record.announcement.issued_s, record.data
+
+
+# --- body codec: a flat list, in this order -------------------------------------------------
+
+_FIELD_COUNT = 19
+
+
+def _to_body(a: Announcement, expires_s: float) -> list[Any]:
+    group = a.group and [a.group.group, a.group.rank, a.group.size, a.group.epoch]
+    return [
+        1,
+        *(a.peer, a.model, a.model_name, a.layers, [a.span.first, a.span.end], a.state, a.dtype),
+        a.device,
+        [a.speed.decode_layer_s, a.speed.prefill_layer_s, a.speed.head_s],
+        *(a.free_kv_tokens, a.queue_s, list(a.addresses), [list(pair) for pair in a.neighbours]),
+        *(group, a.software, a.issued_s, a.sequence, expires_s),
+    ]
+
+
+def _from_body(body: list[Any]) -> tuple[Announcement, float]:
+    version, peer, model, name, layers, span, state, dtype, device, speed, *rest = body
+    free, queue_s, addresses, neighbours, group, software, issued_s, sequence, expires_s = rest
+    if version != 1:
+        raise ValueError(f"record version {version!r}")
+    announcement = Announcement(
+        peer=PeerId(_text(peer, 64)),
+        model=_text(model, 64),
+        model_name=_text(name, 96),
+        layers=_integer(layers, 1 << 12),
+        span=Span(*(_integer(edge, 1 << 12) for edge in _items(span, 2))),
+        state=_text(state, 16),  # type: ignore[arg-type]  # checked by the record
+        dtype=_text(dtype, 16),
+        device=_text(device, 64),
+        speed=Speed(*(_real(value) for value in _items(speed, 3))),
+        free_kv_tokens=_integer(free, 1 << 40),
+        queue_s=_real(queue_s),
+        addresses=tuple(_text(address, 256) for address in _items(addresses)),
+        neighbours=tuple(
+            (PeerId(_text(other, 64)), _real(rtt))
+            for other, rtt in (_items(pair, 2) for pair in _items(neighbours))
+        ),
+        group=None if group is None else _group(_items(group, 4)),
+        software=_text(software, 32),
+        issued_s=_real(issued_s),
+        sequence=_integer(sequence, 1 << 62),
+    )
+    return announcement, _real(expires_s)
+
+
+def _group(items: list[Any]) -> GroupMembership:
+    name, rank, size, epoch = items
+    return GroupMembership(
+        _text(name, 64), _integer(rank, 64), _integer(size, 64), _integer(epoch, 1 << 62)
+    )
+
+
+def _unpack(data: bytes, count: int) -> list[Any]:
+    value = msgpack.unpackb(
+        data, max_str_len=256, max_array_len=32, max_map_len=0, max_ext_len=0
+    )
+    return _items(value, count)
+
+
+def _items(value: Any, count: int | None = None) -> list[Any]:
+    if type(value) is not list or (count is not None and len(value) != count):
+        raise ValueError("a list of another length was expected")
+    return value
+
+
+def _text(value: Any, limit: int) -> str:
+    if type(value) is not str or len(value) > limit:
+        raise ValueError("a short text was expected")
+    return value
+
+
+def _integer(value: Any, limit: int) -> int:
+    if type(value) is not int or not 0 <= value <= limit:
+        raise ValueError("a small integer was expected")
+    return value
+
+
+def _real(value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError("a finite number was expected")
+    return float(value)

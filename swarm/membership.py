@@ -1,0 +1,145 @@
+"""Being in a swarm: transport, DHT node and links of one process, and its view of the others.
+
+The view (`Directory`) is refreshed in the background and on demand; peers met are remembered on
+disk, so that a later start finds the swarm even if every bootstrap is gone. Used by the client,
+the peer and (without links) the bootstrap.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from hexswarm.clock import Clock
+from hexswarm.config import ListenConfig, NetworkConfig
+from hexswarm.dht import SwarmDht, load_remembered, save_remembered
+from hexswarm.directory import INDEX, Directory, SignedAnnouncement
+from hexswarm.links import Links
+from hexswarm.records import Announcement, PeerId, Remembered
+from hexswarm.transports.libp2p import Libp2pTransport
+from hexswarm.wire import Frame
+
+log = logging.getLogger(__name__)
+
+REFRESH_S = 10.0
+"""Period of reading the directory in the background."""
+
+
+class Membership:
+    """Call `join` once, `close` at the end."""
+
+    def __init__(self, config: NetworkConfig, clock: Clock, *, software: str) -> None:
+        self.config = config
+        self.clock = clock
+        self.directory = Directory()
+        self.transport: Libp2pTransport
+        self.dht: SwarmDht
+        self.links: Links
+        self._software = software
+        self._models: set[str] = set()
+        self._refreshed_s: dict[str, float] = {}
+        self._refresher: asyncio.Task[None] | None = None
+
+    async def join(
+        self,
+        on_frames: Callable[[PeerId, list[Frame]], None],
+        on_lost: Callable[[PeerId, str], None],
+        *,
+        identity: Path | None = None,
+        silence_s: float = 8.0,
+        alone: bool = False,
+    ) -> None:
+        """Enter the swarm; a `ListenConfig` also listens. `alone`: nobody needs to answer.
+
+        Raises AddressInUse, BootstrapUnreachable, NetworkError or UsageError.
+        """
+        config = self.config
+        listening = isinstance(config, ListenConfig)
+        self.transport = await Libp2pTransport.create(
+            identity=identity,
+            host=config.host if isinstance(config, ListenConfig) else None,
+            port=config.port if isinstance(config, ListenConfig) else 0,
+            announce=config.announce if isinstance(config, ListenConfig) else (),
+        )
+        try:
+            self.dht = await SwarmDht.join(
+                self.transport,
+                bootstrap=config.bootstrap,
+                remembered=load_remembered(self._memory),
+                client=not listening,
+                alone=alone,
+                clock=self.clock,
+            )
+        except BaseException:
+            await self.transport.close()
+            raise
+        self.links = Links(
+            self.transport,
+            self.clock,
+            on_frames,
+            on_lost,
+            software=self._software,
+            silence_s=silence_s,
+        )
+        await self.links.start(listen=listening)
+        self._refresher = asyncio.create_task(self._refresh_for_ever())
+
+    async def close(self) -> None:
+        if self._refresher is None:
+            return  # never joined
+        self._refresher.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._refresher
+        await self.links.close()
+        await self.dht.close()
+        await self.transport.close()
+        self._refresher = None
+
+    def follow(self, model: str) -> None:
+        """Keep the view of this model (a digest, or INDEX for all) fresh."""
+        self._models.add(model)
+
+    def alive(self) -> tuple[Announcement, ...]:
+        return self.directory.alive(self.clock.wall())
+
+    async def refresh(self, model: str = INDEX, *, older_s: float = 0.0) -> None:
+        """Read the announcements of `model` unless that was done within `older_s`."""
+        now = self.clock.monotonic()
+        if now - self._refreshed_s.get(model, -1e9) < older_s:
+            return
+        records = await self.dht.read(model)
+        self._refreshed_s[model] = self.clock.monotonic()
+        self.take(records)
+        await self.dht.meet(records)
+
+    def take(self, records: list[SignedAnnouncement]) -> None:
+        """Merge announcements, wherever they came from."""
+        self.directory.merge(records)
+
+    @property
+    def _memory(self) -> Path:
+        """Peers remembered; one file for each bootstrap set would separate swarms too eagerly."""
+        return self.config.folder / "peers.json"
+
+    async def _refresh_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(REFRESH_S)
+            for model in tuple(self._models):
+                try:
+                    await self.refresh(model)
+                except (OSError, RuntimeError, ValueError) as error:
+                    log.warning("reading the directory failed: %r", error)
+            self.directory.expire(self.clock.wall())
+            self._remember()
+
+    def _remember(self) -> None:
+        now = self.clock.wall()
+        known = {entry.peer: entry for entry in load_remembered(self._memory)}
+        for announcement in self.alive():
+            if announcement.peer != self.transport.local and announcement.addresses:
+                entry = Remembered(announcement.peer, announcement.addresses, now)
+                known[announcement.peer] = entry
+        save_remembered(self._memory, list(known.values()))

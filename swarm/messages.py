@@ -1,0 +1,357 @@
+"""What peers say to each other, as records with a strict schema.
+
+Every message is a frozen dataclass; its fields name their wire type, and `encode`/`decode` are
+derived from that. A header is a plain msgpack array `[kind, field, field, ...]`: no maps, no
+extension types, no nesting beyond one list, so that a hostile header costs microseconds. Bulk data
+(token ids, activations, logits) follows the header as raw bytes, the *payload*.
+
+A session is named by 128 random bits of the client (`session`). `epoch` counts the routes that a
+session has had, `turn` its prompts: frames of an abandoned route or a cancelled turn are told
+apart by them and dropped. Positions are absolute.
+
+Rejected: protobuf (needs generated code and doubles bf16 through hivemind's wrapper), msgpack
+extension types (hivemind's hook decodes them recursively without a limit), pickle in any form.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import msgpack
+
+from hexswarm.errors import LocalProtocolError, RemoteProtocolError, UsageError
+from hexswarm.records import DTYPES, PeerId, Sampling, Span
+
+PROTOCOL_VERSION = 1
+MAX_HEADER_BYTES = 8192
+"""An `Open` with eight addresses needs about 1 kB."""
+
+SESSION_BYTES = 16
+MAX_TOKENS = 1 << 22
+MAX_LAYERS = 1 << 12
+
+Check = Callable[[Any], Any]
+
+
+def _wire(check: Check, **kw: Any) -> Any:
+    return field(metadata={"check": check}, **kw)
+
+
+def _integer(low: int, high: int) -> Check:
+    def check(value: Any) -> int:
+        if type(value) is not int or not low <= value <= high:
+            raise ValueError(f"an integer in {low}-{high} was expected")
+        return value
+
+    return check
+
+
+def _text(limit: int) -> Check:
+    def check(value: Any) -> str:
+        if type(value) is not str or len(value) > limit:
+            raise ValueError(f"a text of at most {limit} characters was expected")
+        return value
+
+    return check
+
+
+def _blob(size: int) -> Check:
+    def check(value: Any) -> bytes:
+        if type(value) is not bytes or len(value) != size:
+            raise ValueError(f"{size} bytes were expected")
+        return value
+
+    return check
+
+
+def _flag(value: Any) -> bool:
+    if type(value) is not bool:
+        raise ValueError("true or false was expected")
+    return value
+
+
+def _real(value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError("a finite number was expected")
+    return float(value)
+
+
+def _list_of(check: Check, limit: int) -> Check:
+    def check_list(value: Any) -> tuple[Any, ...]:
+        if type(value) not in (list, tuple) or len(value) > limit:
+            raise ValueError(f"a list of at most {limit} was expected")
+        return tuple(check(item) for item in value)
+
+    return check_list
+
+
+def _one_of(names: tuple[str, ...]) -> Check:
+    def check(value: Any) -> str:
+        if value not in names:
+            raise ValueError(f"one of {', '.join(names)} was expected")
+        return str(value)
+
+    return check
+
+
+_session = _blob(SESSION_BYTES)
+_position = _integer(0, MAX_TOKENS)
+_small = _integer(0, 1 << 16)
+_peer = _text(128)
+_addresses = _list_of(_text(256), 8)
+_dtype = _one_of(tuple(DTYPES))
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """Base of all messages; KIND is the number on the wire."""
+
+    KIND: ClassVar[int] = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Hello(Message):
+    """First frame each way on every stream: what is spoken, and which lane of which pair it is."""
+
+    KIND: ClassVar[int] = 0
+    version: int = _wire(_integer(0, 1 << 16))
+    software: str = _wire(_text(64))
+    lane: int = _wire(_integer(0, 1))
+    link: bytes = _wire(_session)
+
+
+@dataclass(frozen=True, slots=True)
+class Ping(Message):
+    KIND: ClassVar[int] = 1
+    nonce: int = _wire(_integer(0, (1 << 63) - 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Pong(Message):
+    KIND: ClassVar[int] = 2
+    nonce: int = _wire(_integer(0, (1 << 63) - 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Open(Message):
+    """Client to stage: reserve KV, accept input from `predecessor` only, send on to `successor`.
+
+    The head's predecessor is the tail (the client may always feed the head); the tail's
+    successor is the head. An empty `successor` at the tail asks for logits to the client instead
+    of a ring (client loop). Sent again with the same epoch it prolongs the lease to `kv_tokens`;
+    with a higher epoch it rewires the session, whose KV stays.
+    """
+
+    KIND: ClassVar[int] = 3
+    session: bytes = _wire(_session)
+    epoch: int = _wire(_small)
+    digest: str = _wire(_text(64))
+    first: int = _wire(_integer(0, MAX_LAYERS))
+    end: int = _wire(_integer(1, MAX_LAYERS))
+    predecessor: str = _wire(_peer)
+    successor: str = _wire(_peer)
+    successor_addresses: tuple[str, ...] = _wire(_addresses)
+    kv_tokens: int = _wire(_integer(1, MAX_TOKENS))
+
+    @property
+    def span(self) -> Span:
+        return Span(self.first, self.end)
+
+
+@dataclass(frozen=True, slots=True)
+class Opened(Message):
+    """Stage to client: the lease is granted and the way to the successor is open."""
+
+    KIND: ClassVar[int] = 4
+    session: bytes = _wire(_session)
+    epoch: int = _wire(_small)
+    kv_tokens: int = _wire(_integer(1, MAX_TOKENS))
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse(Message):
+    """Stage to client: no session. `code`: full, draining, model, span, unreachable, invalid."""
+
+    KIND: ClassVar[int] = 5
+    session: bytes = _wire(_session)
+    epoch: int = _wire(_small)
+    code: str = _wire(_text(16))
+    reason: str = _wire(_text(256))
+    retry_s: float = _wire(_real)
+
+
+@dataclass(frozen=True, slots=True)
+class Generate(Message):
+    """Client to tail, once a turn: how to choose tokens, and when to stop.
+
+    The payload holds the token ids so far (uint32) if a repetition penalty needs them, else it is
+    empty: a tail does not learn the prompt without need.
+    """
+
+    KIND: ClassVar[int] = 6
+    session: bytes = _wire(_session)
+    epoch: int = _wire(_small)
+    turn: int = _wire(_small)
+    max_new: int = _wire(_integer(0, MAX_TOKENS))
+    stop_ids: tuple[int, ...] = _wire(_list_of(_integer(0, 1 << 24), 64))
+    temperature: float = _wire(_real)
+    top_p: float = _wire(_real)
+    top_k: int = _wire(_integer(0, 1 << 20))
+    min_p: float = _wire(_real)
+    repetition_penalty: float = _wire(_real)
+    seed: int = _wire(_integer(0, (1 << 64) - 1))
+
+    @property
+    def sampling(self) -> Sampling:
+        """Raises UsageError if a value is out of range."""
+        return Sampling(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens(Message):
+    """To the head: token ids (payload, uint32) from `position` on; from the client or the tail."""
+
+    KIND: ClassVar[int] = 7
+    session: bytes = _wire(_session)
+    epoch: int = _wire(_small)
+    turn: int = _wire(_small)
+    position: int = _wire(_position)
+    last: bool = _wire(_flag)
+    siblings: int = _wire(_small, default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Hidden(Message):
+    """Stage to stage: activations (payload, count x hidden elements of `dtype`, row-major)."""
+
+    KIND: ClassVar[int] = 8
+    session: bytes = _wire(_session)
+    epoch: int = _wire(_small)
+    turn: int = _wire(_small)
+    position: int = _wire(_position)
+    count: int = _wire(_integer(1, 1 << 20))
+    last: bool = _wire(_flag)
+    dtype: str = _wire(_dtype)
+    siblings: int = _wire(_small, default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Token(Message):
+    """Tail to client: the chosen token at `position`; `finish` is "", "stop" or "length"."""
+
+    KIND: ClassVar[int] = 9
+    session: bytes = _wire(_session)
+    epoch: int = _wire(_small)
+    turn: int = _wire(_small)
+    position: int = _wire(_position)
+    token: int = _wire(_integer(0, 1 << 24))
+    finish: str = _wire(_one_of(("", "stop", "length")))
+
+
+@dataclass(frozen=True, slots=True)
+class Logits(Message):
+    """Tail to client in the client loop: float32 logits (payload) for the token at `position`."""
+
+    KIND: ClassVar[int] = 10
+    session: bytes = _wire(_session)
+    epoch: int = _wire(_small)
+    turn: int = _wire(_small)
+    position: int = _wire(_position)
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel(Message):
+    """Client to all stages: end this turn; the KV stays for the next one."""
+
+    KIND: ClassVar[int] = 11
+    session: bytes = _wire(_session)
+    epoch: int = _wire(_small)
+    turn: int = _wire(_small)
+
+
+@dataclass(frozen=True, slots=True)
+class Close(Message):
+    """Client to stage: free everything."""
+
+    KIND: ClassVar[int] = 12
+    session: bytes = _wire(_session)
+
+
+@dataclass(frozen=True, slots=True)
+class Failed(Message):
+    """Stage to client: the session cannot go on here.
+
+    `code`: lost (of `peer`, the neighbour), gap, full, input, engine, expired, unknown, draining.
+    """
+
+    KIND: ClassVar[int] = 13
+    session: bytes = _wire(_session)
+    epoch: int = _wire(_small)
+    code: str = _wire(_text(16))
+    reason: str = _wire(_text(256))
+    peer: str = _wire(_peer)
+
+
+@dataclass(frozen=True, slots=True)
+class GoAway(Message):
+    """The sender drains: open no sessions here; it exits in `exit_s` seconds."""
+
+    KIND: ClassVar[int] = 14
+    exit_s: float = _wire(_real)
+
+
+_KINDS: dict[int, type[Message]] = {
+    kind.KIND: kind
+    for kind in (
+        *(Hello, Ping, Pong, Open, Opened, Refuse, Generate, Tokens, Hidden),
+        *(Token, Logits, Cancel, Close, Failed, GoAway),
+    )
+}
+_FIELDS = {
+    kind: [(item.name, item.metadata["check"]) for item in fields(kind)] for kind in _KINDS.values()
+}
+
+
+def encode(message: Message) -> bytes:
+    """The header bytes of `message`. Raises LocalProtocolError if a value is illegal."""
+    kind = type(message)
+    try:
+        values = [check(getattr(message, name)) for name, check in _FIELDS[kind]]
+    except (ValueError, KeyError) as error:
+        raise LocalProtocolError(f"{kind.__name__}: {error}") from error
+    packed: bytes = msgpack.packb([kind.KIND, *values])
+    return packed
+
+
+def decode(header: bytes | memoryview) -> Message:
+    """The message of a header. Raises RemoteProtocolError for anything but a valid one."""
+    try:
+        values = msgpack.unpackb(
+            header, max_str_len=512, max_bin_len=64, max_array_len=80, max_map_len=0, max_ext_len=0
+        )
+        if type(values) is not list or not values or type(values[0]) is not int:
+            raise ValueError("not a message")
+        kind = _KINDS.get(values[0])
+        if kind is None:
+            raise ValueError(f"unknown message kind {values[0]}")
+        checks = _FIELDS[kind]
+        if len(values) != len(checks) + 1:
+            raise ValueError(f"{kind.__name__} has {len(checks)} fields, not {len(values) - 1}")
+        return kind(*(check(value) for (_, check), value in zip(checks, values[1:], strict=True)))
+    except (ValueError, UsageError, RecursionError, msgpack.UnpackException) as error:
+        raise RemoteProtocolError(f"malformed header: {error}") from error
+
+
+def neighbour(name: str) -> PeerId | None:
+    """The peer named in an `Open`, None for the empty name."""
+    return PeerId(name) if name else None

@@ -1,0 +1,51 @@
+"""The swarm as text: which peer holds which layers, drawn over the layer axis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hexswarm.records import ModelSpec, Span
+from hexswarm.router.network import Snapshot
+
+WIDTH = 48
+
+
+def swarm_table(spec: ModelSpec, view: Snapshot, missing: Sequence[Span]) -> str:
+    """One row a peer with its span as a bar, and how often each layer is held."""
+    rows = [
+        f"{spec.name}: {spec.layers} layers, context {spec.context}, digest {spec.digest[:12]}",
+        "",
+        f"{'peer':8}  {'layers':>7}  {'state':8} {'device':7} {'dtype':8} "
+        f"{'ms/token':>8} {'free KV':>8}  0{' ' * (WIDTH - 2)}{spec.layers}",
+    ]
+    peers = [item for item in view.announcements if item.model == spec.digest]
+    for item in sorted(peers, key=lambda a: (a.span, a.peer)):
+        head_s = item.speed.head_s if item.span.end == spec.layers else 0.0
+        step_ms = (item.speed.decode_layer_s * len(item.span) + head_s) * 1e3
+        rows.append(
+            f"{item.peer[-8:]}  {item.span!s:>7}  {item.state:8} {item.device:7} {item.dtype:8} "
+            f"{step_ms:8.1f} {item.free_kv_tokens:8d}  {_bar(item.span, spec.layers)}"
+        )
+    rows.append(f"{'':62}{_counts(view.coverage(spec.digest), spec.layers)}")
+    if missing:
+        text = ", ".join(f"{span.first}-{span.end - 1}" for span in missing)
+        rows.append(f"\nno peer serves layers {text}: the model cannot answer")
+    else:
+        rows.append(f"\nevery layer is served; {len(peers)} peer(s)")
+    return "\n".join(rows)
+
+
+def _column(layer: int, layers: int) -> int:
+    return layer * WIDTH // layers
+
+
+def _bar(span: Span, layers: int) -> str:
+    first, end = _column(span.first, layers), _column(span.end, layers)
+    return "·" * first + "█" * max(1, end - first) + "·" * (WIDTH - end)
+
+
+def _counts(coverage: Sequence[int], layers: int) -> str:
+    """How many peers hold each layer, one digit a column (+ for ten and more)."""
+    held = list(coverage) or [0] * layers
+    digits = [held[column * layers // WIDTH] for column in range(WIDTH)]
+    return "".join(str(count) if count < 10 else "+" for count in digits)

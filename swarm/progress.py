@@ -1,0 +1,71 @@
+"""Telling a person how far a long job is: downloads, hashing, conversion, loading.
+
+Cores that take long accept a `Progress` and know nothing of terminals. `Terminal` draws a tqdm bar
+on a tty; without one (a service log, a test) a bar becomes a single line in the module's log when
+the work is done, because half-drawn bars make logs unreadable. `Quiet`, the default everywhere,
+says nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+Advance = Callable[[int], object]
+"""Called with the number of bytes done since the last call."""
+
+logger = logging.getLogger(__name__)
+
+
+class Progress(Protocol):
+    """Where a long job reports to."""
+
+    def note(self, text: str) -> None:
+        """Say one line, e.g. what is waited for."""
+
+    def bar(self, what: str, total_bytes: int) -> AbstractContextManager[Advance]:
+        """Open a bar for `what`; the context's value advances it."""
+
+
+class Quiet:
+    """Reports to nobody."""
+
+    def note(self, text: str) -> None:
+        pass
+
+    @contextmanager
+    def bar(self, what: str, total_bytes: int) -> Iterator[Advance]:
+        yield lambda _: None
+
+
+class Terminal:
+    """Bars on stderr if it is a terminal, else one log line per finished job."""
+
+    def note(self, text: str) -> None:
+        if not sys.stderr.isatty():
+            logger.info("%s", text)
+            return
+        from tqdm import tqdm
+
+        tqdm.write(text, file=sys.stderr)
+
+    @contextmanager
+    def bar(self, what: str, total_bytes: int) -> Iterator[Advance]:
+        if not sys.stderr.isatty():
+            yield lambda _: None
+            logger.info("%s: %.1f MB done", what, total_bytes / 1e6)
+            return
+        from tqdm import tqdm
+
+        with tqdm(
+            total=total_bytes,
+            desc=what,
+            unit="B",
+            unit_scale=True,
+            leave=False,
+            file=sys.stderr,
+        ) as bar:
+            yield bar.update
