@@ -19,10 +19,12 @@ ready ones can afford, at most half a cycle: of any two groups one is at most ha
 the other, so one direction always suffices, and waiting longer would be the wrong one. A session
 that is overdue has ended or stalled and is not awaited until it shows up again.
 
-*How many.* Rows are nearly free until their own cost rivals the read: `max_rows` of the caller, 5
-on a CPU (1.5 times the step of one). In simulation (tests/peer/ring.py: 3 stages, 2 cores, 8
-sessions) gathering 5 gave 5.0 times one session's tokens/s at 0.35 of its CPU per token; no
-gathering 4.2 at 0.47; gathering all 4.1 at 0.25, since then one stage works at a time.
+*How many.* Rows are nearly free until their own cost rivals the read, so gathering stops at `rows`,
+5 on a CPU (1.5 times the step of one): in simulation (tests/peer/ring.py; 3 stages, 2 cores, 8
+sessions) that gave 5.0 times one session's tokens/s at 0.35 of its CPU per token, no gathering 4.2
+at 0.47, and gathering all 4.1 at 0.25, since then one stage works at a time. Where sessions are
+away for less than a quarter of their cycle (a peer that serves the whole model alone) no other
+stage idles meanwhile, two groups would only take turns, and there is no such limit.
 
 *What it may cost.* Each session has an allowance of time that it may be held: half a cycle at
 first, spent by holding, regrown by `SHARE` of the time that passes, never above half a cycle.
@@ -49,8 +51,12 @@ from dataclasses import dataclass
 
 from hexswarm.peer.steps import SessionKey
 
-BUSY = 0.5
-"""Hold only if the device was busy for more than this fraction of the last few cycles."""
+BUSY = 0.45
+"""Hold only if the device was busy for more than this fraction of the last few cycles.
+
+Two groups on three stages keep each busy for 2/3 of the time, less what links take; a device is
+asked when it was just idle, so the average it sees then is a little low.
+"""
 
 SHARE = 1 / 32
 """Fraction of a session's time that may be spent held, in the long run."""
@@ -61,7 +67,7 @@ _ALPHA = 0.3
 _SLACK = 1 / 16
 """How much later than predicted, in cycles, a session may come and still be waited for."""
 
-_MEMORY_CYCLES = 2.0
+_MEMORY_CYCLES = 4.0
 """Time constant of the busy fraction, in cycles."""
 
 
@@ -99,7 +105,11 @@ class _Hold:
 class Gather:
     """Remembers the decoding sessions of one head and says whether to hold a ready batch."""
 
-    def __init__(self, *, busy: float = BUSY, share: float = SHARE) -> None:
+    def __init__(
+        self, *, rows: int = 5, most_rows: int = 64, busy: float = BUSY, share: float = SHARE
+    ) -> None:
+        self._rows = rows
+        self._most_rows = most_rows
         self._orbits: dict[SessionKey, _Orbit] = {}
         self._hold: _Hold | None = None
         self._threshold = busy
@@ -149,13 +159,13 @@ class Gather:
         """Fraction of the last few cycles for which the device was busy."""
         return self._busy * self._fading(now - self._busy_at_s)
 
-    def until(self, ready: Sequence[SessionKey], now: float, max_rows: int) -> float | None:
+    def until(self, ready: Sequence[SessionKey], now: float) -> float | None:
         """Hold the ready sessions until then, or (None) run them now.
 
         Ask whenever the device is free and only decode steps are ready. None ends a hold, and the
         caller must then run the batch: the time was charged.
         """
-        hold = self._hold or self._consider(ready, now, max_rows)
+        hold = self._hold or self._consider(ready, now)
         if hold is None:
             return None
         affordable_s = min(self._entry_s(key, hold) + self._affords(key) for key in ready)
@@ -179,14 +189,15 @@ class Gather:
             orbit.allowance_s -= held_s
             self.held_s += held_s
 
-    def _consider(self, ready: Sequence[SessionKey], now: float, max_rows: int) -> _Hold | None:
+    def _consider(self, ready: Sequence[SessionKey], now: float) -> _Hold | None:
         if len(ready) >= len(self._orbits) or self.busy(now) <= self._threshold:
             return None
         limit_s = now + min(self._affords(key) for key in ready)
         awaited: list[SessionKey] = []
         until_s = now
         for expected_s, latest_s, group in self._coming(now):
-            if expected_s > limit_s or len(ready) + len(awaited) + len(group) > max_rows:
+            rows = len(ready) + len(awaited) + len(group)
+            if expected_s > limit_s or rows > self._limit(group[0]):
                 break
             awaited += group
             until_s = max(until_s, latest_s)
@@ -207,6 +218,11 @@ class Gather:
             latest_s = max(self._orbits[key].latest_s() for key in keys)
             coming.append((expected_s, latest_s, keys))
         return sorted(coming)
+
+    def _limit(self, session: SessionKey) -> int:
+        """Rows worth gathering with this session: all, where it is mostly here anyway."""
+        orbit = self._orbits[session]
+        return self._rows if orbit.away_s > orbit.cycle_s / 4 else self._most_rows
 
     def _entry_s(self, session: SessionKey, hold: _Hold) -> float:
         """Since when the hold has cost this session time."""

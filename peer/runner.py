@@ -16,6 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -115,8 +116,7 @@ class Runner:
         dtype, data = torch_dtype(payload.dtype), memoryview(payload.data).cast("B")
         if len(data) != row.count * hidden * dtype.itemsize:
             raise UsageError(f"{len(data)} bytes are not {row.count} x {hidden} x {payload.dtype}")
-        raw = torch.empty(len(data), dtype=torch.uint8)
-        memoryview(raw.numpy())[:] = data
+        raw = torch.from_numpy(np.frombuffer(data, np.uint8).copy())
         x = raw.view(dtype).view(row.count, hidden)
         x = x.to(self.shard.dtype)
         if not _finite(x):

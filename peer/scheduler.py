@@ -126,7 +126,7 @@ class Scheduler:
     ) -> None:
         self.policy = policy or Policy()
         self.times = times or StepTime()
-        self.gather = gather or Gather()
+        self.gather = gather or Gather(rows=self.policy.gather_rows, most_rows=self.policy.max_rows)
         self._gathers = self.policy.head and self.policy.gather_rows > 0
         self._blocks_of = blocks_of
         self._waiting: dict[SessionKey, deque[_Pending]] = {}
@@ -208,7 +208,7 @@ class Scheduler:
         if prompts:
             self.gather.charge(sessions, now)
             return None
-        return self.gather.until(sessions, now, self.policy.gather_rows)
+        return self.gather.until(sessions, now)
 
     def _expect_siblings(self, step: Step, now: float) -> None:
         """Count down the burst: each step says how many of its batch are still to come.

@@ -7,11 +7,11 @@ itself, and follows when its owner starts a game beside it.
 
 The fit is least squares with exponential forgetting, each step weighted by one over its time (2 ms
 matter more in a 5 ms step than in a 200 ms one; by the square, a machine that got slower would be
-believed fast for long), and a weak pull towards the previous estimate. The pull is
-what makes it robust: a peer that sees only batches of one row cannot tell `a` from `b`, and plain
-recursive least squares then drifts or explodes in the direction it never sees; here that direction
-keeps its last value. A first step of any shape splits as a small batch on a CPU does (a row costs
-about 0.13 of a weight read), outliers (a swapped page, a first compile) are clipped.
+believed fast for long), and a weak pull towards the previous estimate. The pull is what makes it
+robust: a peer that sees only batches of one row cannot tell `a` from `b`, and plain recursive least
+squares then drifts or explodes in the direction it never sees; here that direction keeps its last
+value. A first step of any shape splits as a small batch on a CPU does (a row costs about 0.13 of a
+weight read), outliers (a swapped page, a first compile) are clipped.
 """
 
 from __future__ import annotations
@@ -76,10 +76,10 @@ class StepTime:
     def _solve(self, scale_s: float) -> None:
         """Theta that minimises the weighted squared errors + the pull to the last theta."""
         matrix = [[*row, value] for row, value in zip(self._normal, self._target, strict=True)]
-        for i, theta in enumerate(self._theta):
-            pull = _PULL * scale_s / theta**2
+        for i, last in enumerate(self._theta):
+            pull = _PULL * scale_s / last**2
             matrix[i][i] += pull
-            matrix[i][3] += pull * theta
+            matrix[i][3] += pull * last
         for i in range(3):  # Gauss; the matrix is positive definite, so no pivoting is needed
             for j in range(i + 1, 3):
                 factor = matrix[j][i] / matrix[i][i]

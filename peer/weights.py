@@ -19,14 +19,14 @@ from pathlib import Path
 
 import torch
 
-from hexswarm.architecture import EMBEDDING, LM_HEAD, span_shapes
+from hexswarm.architecture import span_shapes
 from hexswarm.errors import CorruptWeights, OutOfMemory, UnsupportedModel
 from hexswarm.gguf import read_gguf
 from hexswarm.headers import TensorInfo, check_safetensors
 from hexswarm.manifest import HashCache
 from hexswarm.peer.memory import free_bytes
 from hexswarm.progress import Progress, Quiet
-from hexswarm.records import Span
+from hexswarm.records import DTYPES, Span
 from hexswarm.store import ModelFolder, span_files
 
 Shape = tuple[int, ...]
@@ -42,10 +42,11 @@ _COMPUTED = re.compile(r".*\.rotary_emb\.inv_freq")
 """Tensors in old checkpoints that follow from the config."""
 
 
-def span_bytes(folder: ModelFolder, span: Span, dtype: torch.dtype) -> int:
+def span_bytes(folder: ModelFolder, span: Span, dtype: torch.dtype | str) -> int:
     """Bytes that the weights of `span` occupy; needs the config only, no weight file."""
+    width = DTYPES[dtype] if isinstance(dtype, str) else dtype.itemsize
     elements = sum(math.prod(shape) for shape in span_shapes(folder.config, span).values())
-    return elements * dtype.itemsize
+    return elements * width
 
 
 def load_span(

@@ -93,7 +93,7 @@ def span_shapes(config: dict[str, Any], span: Span) -> dict[str, tuple[int, ...]
     """Name and shape of each tensor that a peer of `span` needs, by the config alone.
 
     The head's holder needs the embedding, the tail's the last norm and the LM head; with tied
-    embeddings the latter is the embedding under its own name.
+    embeddings the latter is the embedding, under the name that it has in the checkpoint.
     """
     sizes = _sizes(config)
     if span.end > sizes["num_hidden_layers"]:
@@ -143,6 +143,8 @@ def _sizes(config: dict[str, Any]) -> dict[str, Any]:
     heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
     if sizes["num_key_value_heads"] is None:
         sizes["num_key_value_heads"] = heads
+    if sizes["head_dim"] is None and config.get("model_type") == "qwen3":
+        sizes["head_dim"] = 128  # this family's default does not follow from the width
     if sizes["head_dim"] is None and type(heads) is int and type(hidden) is int and heads > 0:
         sizes["head_dim"] = hidden // heads
     return sizes

@@ -53,4 +53,4 @@ def test_every_error_is_public() -> None:
 
 def test_other_names_do_not_exist() -> None:
     with pytest.raises(AttributeError, match="nonsense"):
-        _ = hexswarm.nonsense  # type: ignore[attr-defined]
+        _ = hexswarm.nonsense

@@ -1,4 +1,4 @@
-"""Tiny models for tests: folders as transformers saves them, GGUF files as llama.cpp writes them."""
+"""Tiny models for tests: folders as transformers saves them, GGUF as llama.cpp writes it."""
 
 from __future__ import annotations
 

@@ -105,6 +105,15 @@ def test_more_sessions_share_more(
     assert rate >= least_rate / alone_s
 
 
+@pytest.mark.parametrize("sessions", [4, 8, 16])
+def test_a_peer_with_the_whole_model_batches_all_sessions(sessions: int) -> None:
+    """Without other stages two groups would take turns for ever, each half as large."""
+    ring = Ring(stages=1, cores=1, seed=1, noise=0.1)
+    start(ring, sessions, tokens=60)
+    ring.run(1e3)
+    assert settled(ring)[0] >= 0.9 * sessions
+
+
 @pytest.mark.parametrize("sessions", [2, 4, 8, 16])
 @pytest.mark.parametrize("cores", [2, None])
 def test_gathering_never_costs_much(sessions: int, cores: float | None) -> None:
@@ -178,11 +187,11 @@ def test_a_hold_ends_when_the_awaited_arrive() -> None:
     gather = Gather()
     now = returning(gather, (b"a", b"b"), step_s=0.01, away_s=0.005)
     gather.arrived(b"a", now)
-    until_s = gather.until([b"a"], now, 5)
+    until_s = gather.until([b"a"], now)
     assert until_s is not None
     assert now < until_s <= now + 0.0126
     gather.arrived(b"b", now + 0.009)
-    assert gather.until([b"a", b"b"], now + 0.009, 5) is None
+    assert gather.until([b"a", b"b"], now + 0.009) is None
     assert gather.held_s == pytest.approx(0.009)
 
 
@@ -190,35 +199,35 @@ def test_a_hold_ends_at_its_bound() -> None:
     gather = Gather()
     now = returning(gather, (b"a", b"b"), step_s=0.01, away_s=0.005)
     gather.arrived(b"a", now)
-    until_s = gather.until([b"a"], now, 5)
+    until_s = gather.until([b"a"], now)
     assert until_s is not None
-    assert gather.until([b"a"], until_s, 5) is None
+    assert gather.until([b"a"], until_s) is None
     gather.departed(b"a", until_s)
     gather.arrived(b"a", until_s + 0.01)
-    assert gather.until([b"a"], until_s + 0.01, 5) is None, "b is overdue"
+    assert gather.until([b"a"], until_s + 0.01) is None, "b is overdue"
 
 
 def test_a_group_that_would_be_too_large_is_not_awaited() -> None:
-    gather = Gather()
+    gather = Gather(rows=1)
     now = returning(gather, (b"a", b"b"), step_s=0.01, away_s=0.005)
     gather.arrived(b"a", now)
-    assert gather.until([b"a"], now, 1) is None
+    assert gather.until([b"a"], now) is None
 
 
 def test_an_idle_device_holds_nobody() -> None:
     gather = Gather()
     now = returning(gather, (b"a", b"b"), step_s=0.01, away_s=0.1)
     gather.arrived(b"a", now)
-    assert gather.until([b"a"], now, 5) is None
+    assert gather.until([b"a"], now) is None
 
 
 def test_a_forgotten_session_is_not_awaited() -> None:
     gather = Gather()
     now = returning(gather, (b"a", b"b"), step_s=0.01, away_s=0.005)
     gather.arrived(b"a", now)
-    assert gather.until([b"a"], now, 5) is not None
+    assert gather.until([b"a"], now) is not None
     gather.forget(b"b")
-    assert gather.until([b"a"], now, 5) is None
+    assert gather.until([b"a"], now) is None
 
 
 @settings(deadline=None, max_examples=60)

@@ -350,7 +350,8 @@ def test_what_the_request_excludes_is_its_own_doing() -> None:
     peers = [peer(A, 0, 12), peer(B, 0, 12)]
     assert shape(route(peers, deny=frozenset({A}))) == [(B, 0, 12)]
     assert shape(route(peers, allow=frozenset({B}))) == [(B, 0, 12)]
-    for asked in ({"deny": frozenset({A, B})}, {"allow": frozenset()}):
+    nobody: list[dict[str, Any]] = [{"deny": frozenset({A, B})}, {"allow": frozenset()}]
+    for asked in nobody:
         error = refusal(peers, **asked)
         assert error.cause == f"the request excludes every peer that serves layers 0-11 of {NAME}"
 

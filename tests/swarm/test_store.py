@@ -10,7 +10,6 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,14 +25,14 @@ from hypothesis import strategies as st
 from hexswarm import default_model
 from hexswarm.architecture import numerics
 from hexswarm.config import DEFAULT_MODEL
-from hexswarm.config import home as default_home
+from hexswarm.config import cache as default_home
 from hexswarm.errors import CorruptWeights, ModelError, UnknownModel, UnsupportedModel, UsageError
 from hexswarm.headers import check_safetensors, write_safetensors
 from hexswarm.manifest import MANIFEST, FileHash, HashCache, model_digest, write_manifest
 from hexswarm.materialise import make_once
 from hexswarm.progress import Quiet
 from hexswarm.records import Span
-from hexswarm.store import INDEX, resolve, span_files
+from hexswarm.store import INDEX, ModelFolder, resolve, span_files
 from tests import tiny
 
 CONFIG = {
@@ -239,12 +238,12 @@ manifests = st.dictionaries(
 )
 
 
-@given(manifests, st.randoms())
-def test_a_digest_ignores_order(files: dict[str, FileHash], rng: Any) -> None:
+@given(manifests, st.permutations(list(CONFIG)), st.data())
+def test_a_digest_ignores_order(
+    files: dict[str, FileHash], keys: list[str], data: st.DataObject
+) -> None:
     """Any order of files and of config fields gives the same digest."""
-    names, keys = list(files), list(CONFIG)
-    rng.shuffle(names)
-    rng.shuffle(keys)
+    names = data.draw(st.permutations(list(files)))
     shuffled = model_digest({key: CONFIG[key] for key in keys}, {n: files[n] for n in names})
     assert shuffled == model_digest(CONFIG, files)
 
@@ -592,11 +591,11 @@ def test_an_interrupted_build_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def default() -> Iterator[Any]:
-    yield resolve(DEFAULT_MODEL, home=default_home())
+def default() -> ModelFolder:
+    return resolve(DEFAULT_MODEL, home=default_home())
 
 
-def test_the_default_has_the_pinned_digest(default: Any) -> None:
+def test_the_default_has_the_pinned_digest(default: ModelFolder) -> None:
     assert default.spec.digest == default_model.DIGEST
     assert (default.spec.layers, default.spec.context) == (30, 8192)
     assert len(default.files) == 31
@@ -604,7 +603,7 @@ def test_the_default_has_the_pinned_digest(default: Any) -> None:
     assert list(layer) == ["model-layer-007.safetensors"]
 
 
-def test_transformers_answers_with_the_default(default: Any) -> None:
+def test_transformers_answers_with_the_default(default: ModelFolder) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.set_num_threads(1)
@@ -615,7 +614,7 @@ def test_transformers_answers_with_the_default(default: Any) -> None:
     assert tokenizer.decode(answer[0]) == "The capital of France is Paris.\n"
 
 
-def test_a_damaged_default_is_not_taken_for_whole(default: Any, tmp_path: Path) -> None:
+def test_a_damaged_default_is_not_taken_for_whole(default: ModelFolder, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     copy.mkdir()
     for path in default.path.iterdir():
@@ -644,6 +643,6 @@ def test_without_pip_the_remedy_names_the_wheel(
     assert default_model.WHEEL in caught.value.remedy
 
 
-def test_records_stay_frozen(default: Any) -> None:
+def test_records_stay_frozen(default: ModelFolder) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         default.path = Path()
