@@ -28,9 +28,7 @@ STEPS = 6
 REPEATS = 3
 
 
-def measure(
-    run: Callable[[Batch], Any], span: Span, layers: int, hidden: int, dtype: str
-) -> Speed:
+def measure(run: Callable[[Batch], Any], span: Span, layers: int, hidden: int, dtype: str) -> Speed:
     """Seconds per token and layer of `run`, which must accept rows on blocks from 0 on."""
     blocks = tuple(range(blocks_of(CHUNK_TOKENS + STEPS)))
     head, tail = span.first == 0, span.end == layers
@@ -86,5 +84,3 @@ def cached(path: Path, parts: tuple[object, ...], probe: Callable[[], Speed]) ->
         draft.write_text(json.dumps(stored))
         draft.replace(path)
     return speed
-
-

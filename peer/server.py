@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Iterable
 
 from hexswarm.clock import Clock
-from hexswarm.errors import PeerLost
+from hexswarm.errors import HexswarmError
 from hexswarm.links import Links, Outgoing
 from hexswarm.peer.engine import Engine
 from hexswarm.peer.stage import Action, Dial, Drop, Send, StageTable, Submit, Watch
@@ -81,7 +81,7 @@ class PeerServer:
 
     async def _dial(self, dial: Dial) -> None:
         ok = False
-        with contextlib.suppress(PeerLost):
+        with contextlib.suppress(HexswarmError):
             await self.links.connect(dial.peer, dial.addresses)
             ok = True
         self.carry_out(self.table.dialled(dial.session, dial.epoch, ok))

@@ -42,7 +42,7 @@ from hexswarm.messages import (
     neighbour,
 )
 from hexswarm.peer.cache import KvFull
-from hexswarm.peer.steps import Activations, Result, SessionKey, Step, TailPolicy
+from hexswarm.peer.steps import Activations, Result, Row, SessionKey, Step, TailPolicy
 from hexswarm.records import DTYPES, PeerId, Sampling, Span
 from hexswarm.wire import Frame
 
@@ -133,6 +133,8 @@ class _Session:
     max_new: int = 0
     stop_ids: frozenset[int] = frozenset()
     held: list[Step] = field(default_factory=list)
+    bulk_turn: int = -1
+    """Pieces of this turn's prompt went by the bulk lane, and its end did not yet."""
 
     @property
     def key(self) -> SessionKey:
@@ -198,6 +200,8 @@ class StageTable:
             case Close(session=key):
                 session = self._owned(peer, key)
                 return self._end(session) if session else []
+            case Failed(code="unknown") as message:
+                return self._abandoned(peer, message)
         return []
 
     def _open(self, client: PeerId, message: Open) -> list[Action]:
@@ -229,6 +233,8 @@ class StageTable:
             return "model", "another model is served here", 0.0
         if message.first >= message.end or not hosted.span.covers(message.span):
             return "span", f"layers {hosted.span} are served here", 0.0
+        if not message.successor and message.end < hosted.layers:
+            return "invalid", "only the last stage may go without a successor", 0.0
         mine = sum(session.client == client for session in self._sessions.values())
         if held is None and mine >= MAX_SESSIONS_PER_CLIENT:
             return "full", f"{MAX_SESSIONS_PER_CLIENT} sessions are open for you", 5.0
@@ -247,7 +253,9 @@ class StageTable:
             session.turn, session.cancelled = held.turn, held.cancelled
             session.policy, session.policy_turn = held.policy, held.policy_turn
             session.produced, session.max_new = held.produced, held.max_new
-            session.stop_ids = held.stop_ids
+            session.stop_ids, session.bulk_turn = held.stop_ids, held.bulk_turn
+            if message.epoch == held.epoch:
+                session.held = held.held
         self._sessions[message.session] = session
         actions += [Watch(peer) for peer in session.watched(me)]
         successor = session.successor
@@ -274,10 +282,10 @@ class StageTable:
     # --- input --------------------------------------------------------------------------------
 
     def _tokens(self, peer: PeerId, message: Tokens, payload: bytes, now: float) -> list[Action]:
-        session = self._sessions.get(message.session)
-        if session is None or not session.head or message.epoch != session.epoch:
-            return self._unknown(peer, message.session, message.epoch, session)
-        if peer not in (session.client, session.predecessor):
+        session = self._fed(peer, message)
+        if session is None:
+            return self._unknown(peer, message.session, message.epoch)
+        if not session.head or message.epoch != session.epoch:
             return []
         if not self._enter(session, message.turn, lead=peer == session.client):
             return []
@@ -286,10 +294,12 @@ class StageTable:
         return self._step(session, message, len(payload) // 4, _ids(payload), now)
 
     def _hidden(self, peer: PeerId, message: Hidden, payload: bytes, now: float) -> list[Action]:
-        session = self._sessions.get(message.session)
-        if session is None or session.head or message.epoch != session.epoch:
-            return self._unknown(peer, message.session, message.epoch, session)
-        if peer != session.predecessor or not self._enter(session, message.turn, lead=True):
+        session = self._fed(peer, message)
+        if session is None:
+            return self._unknown(peer, message.session, message.epoch)
+        if session.head or message.epoch != session.epoch or peer != session.predecessor:
+            return []
+        if not self._enter(session, message.turn, lead=True):
             return []
         size = message.count * self._hosted.hidden * DTYPES[message.dtype]
         if len(payload) != size:
@@ -297,6 +307,13 @@ class StageTable:
             return self._fail(session, "input", text)
         activations = Activations(payload, message.dtype)
         return self._step(session, message, message.count, activations, now)
+
+    def _fed(self, peer: PeerId, message: Tokens | Hidden) -> _Session | None:
+        """The session, if `peer` takes part in it before us."""
+        session = self._sessions.get(message.session)
+        if session is None or peer not in (session.client, session.predecessor):
+            return None
+        return session
 
     def _enter(self, session: _Session, turn: int, *, lead: bool) -> bool:
         """Go on to `turn` if it is newer and the sender may begin one; False for late input."""
@@ -321,6 +338,8 @@ class StageTable:
             policy=session.policy if session.successor is not None else _LOGITS,
         )
         if session.tail and step.last and not self._told(session):
+            if session.held:
+                return self._fail(session, "input", "a turn has one last step")
             session.held.append(step)
             return []
         return [Submit(step)]
@@ -328,14 +347,19 @@ class StageTable:
     def _told(self, session: _Session) -> bool:
         return session.successor is None or session.policy_turn == session.turn
 
-    def _unknown(
-        self, peer: PeerId, key: SessionKey, epoch: int, session: _Session | None
-    ) -> list[Action]:
-        """Tell a sender of work that nobody does it; late epochs are dropped in silence."""
-        if session is not None:
-            return []
+    def _unknown(self, peer: PeerId, key: SessionKey, epoch: int) -> list[Action]:
+        """Tell a sender of work that nobody does it."""
         reason = "no such session here (its lease may have ended)"
         return [Send(peer, Failed(key, epoch, "unknown", reason, self._hosted.peer))]
+
+    def _abandoned(self, peer: PeerId, message: Failed) -> list[Action]:
+        """The neighbour does not know the session any more; its client may not have heard."""
+        session = self._sessions.get(message.session)
+        if session is None or message.epoch != session.epoch or peer != session.successor:
+            return []
+        reason = "no such session there (its lease may have ended)"
+        failed = Failed(session.key, session.epoch, "unknown", reason, peer)
+        return [Send(session.client, failed)]
 
     # --- control ------------------------------------------------------------------------------
 
@@ -345,14 +369,18 @@ class StageTable:
 
     def _generate(self, peer: PeerId, message: Generate, payload: bytes) -> list[Action]:
         session = self._owned(peer, message.session)
-        if session is None or not session.tail or message.epoch != session.epoch:
-            return self._unknown(peer, message.session, message.epoch, session)
+        if session is None:
+            return self._unknown(peer, message.session, message.epoch)
+        if not session.tail or message.epoch != session.epoch:
+            return []
         if message.turn < session.turn or message.turn <= session.cancelled:
             return []
         try:
             sampling = message.sampling
         except UsageError as error:
             return self._fail(session, "input", error.cause)
+        if len(payload) % 4:
+            return self._fail(session, "input", "a history of whole uint32 ids was expected")
         session.policy = TailPolicy(sampling, history=_ids(payload))
         session.policy_turn = message.turn
         session.produced, session.max_new = 0, message.max_new
@@ -391,7 +419,7 @@ class StageTable:
         here = (session.key, session.epoch, row.turn)
         if result.activations is not None and session.successor is not None:
             message = Hidden(*here, row.position, row.count, row.sample, result.activations.dtype)
-            lane = STEP if row.count == 1 and row.sample else BULK
+            lane = self._lane(session, row)
             return [Send(session.successor, message, result.activations.data, lane)]
         position = row.position + row.count
         if result.logits is not None:
@@ -399,6 +427,13 @@ class StageTable:
         if result.token is not None:
             return self._chosen(session, here, position, result.token, now)
         return []
+
+    def _lane(self, session: _Session, row: Row) -> int:
+        """Prompts go by the bulk lane to their very end, which must not overtake their pieces."""
+        if row.count == 1 and row.sample and session.bulk_turn != row.turn:
+            return STEP
+        session.bulk_turn = -1 if row.sample else row.turn
+        return BULK
 
     def _chosen(
         self,
@@ -487,12 +522,16 @@ def _number_siblings(actions: list[Action]) -> list[Action]:
     left: dict[PeerId, int] = {}
     numbered: list[Action] = []
     for action in reversed(actions):
-        if isinstance(action, Send) and isinstance(action.message, Tokens | Hidden):
-            if action.lane == STEP:
-                follow = left.get(action.peer, 0)
-                left[action.peer] = follow + 1
-                if follow:
-                    action = replace(action, message=replace(action.message, siblings=follow))
+        if isinstance(action, Send) and action.lane == STEP:
+            action = _numbered(action, left)
         numbered.append(action)
     numbered.reverse()
     return numbered
+
+
+def _numbered(send: Send, left: dict[PeerId, int]) -> Send:
+    if not isinstance(send.message, Tokens | Hidden):
+        return send
+    follow = left.get(send.peer, 0)
+    left[send.peer] = follow + 1
+    return replace(send, message=replace(send.message, siblings=follow)) if follow else send

@@ -47,8 +47,9 @@ Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
 
 ATTEMPTS = 4
 """Routes tried for one session before the last refusal is the answer."""
-STALE_S = 5.0
-"""A request reads the directory anew if its view is older."""
+STALE_S = 30.0
+"""A request waits for a fresh reading of the directory if the last one is older than this; the
+background reading comes every 10 s."""
 STALL_S = 300.0
 """Longest wait for the next token while every peer is alive."""
 

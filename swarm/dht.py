@@ -163,9 +163,7 @@ async def _dial_all(
     for outcome in outcomes:
         if isinstance(outcome, BaseException) and not isinstance(outcome, PeerLost):
             raise outcome
-    return [
-        peer for (peer, _), outcome in zip(others, outcomes, strict=True) if outcome is None
-    ]
+    return [peer for (peer, _), outcome in zip(others, outcomes, strict=True) if outcome is None]
 
 
 def _validator(clock: Any) -> Any:

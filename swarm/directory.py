@@ -25,7 +25,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgpack
@@ -76,14 +76,27 @@ class SignedAnnouncement:
 
 
 def sign(announcement: Announcement, expires_s: float, identity: Identity) -> SignedAnnouncement:
-    """Seal `announcement`. Raises UsageError if it is not the identity's own or too large."""
+    """Seal `announcement`, without the last neighbours and addresses if they do not fit.
+
+    Raises UsageError if it is not the identity's own, or such that nobody would accept it.
+    """
     if announcement.peer != identity.peer:
         raise UsageError("a peer announces only itself")
-    body = msgpack.packb(_to_body(announcement, expires_s))
-    data = msgpack.packb([body, identity.sign(_CONTEXT + body)])
-    if len(data) > MAX_RECORD_BYTES:
-        raise UsageError(f"an announcement of {len(data)} bytes is over {MAX_RECORD_BYTES}")
-    return SignedAnnouncement(announcement, expires_s, data)
+    while True:
+        body = msgpack.packb(_to_body(announcement, expires_s))
+        data = msgpack.packb([body, identity.sign(_CONTEXT + body)])
+        if len(data) <= MAX_RECORD_BYTES:
+            break
+        if announcement.neighbours:
+            announcement = replace(announcement, neighbours=announcement.neighbours[:-1])
+        elif len(announcement.addresses) > 1:
+            announcement = replace(announcement, addresses=announcement.addresses[:-1])
+        else:
+            raise UsageError(f"an announcement of {len(data)} bytes is over {MAX_RECORD_BYTES}")
+    try:
+        return open_record(data)
+    except RemoteProtocolError as error:
+        raise UsageError(f"nobody would accept this announcement: {error}") from error
 
 
 def open_record(data: bytes) -> SignedAnnouncement:
@@ -189,7 +202,8 @@ def _to_body(a: Announcement, expires_s: float) -> list[Any]:
     group = a.group and [a.group.group, a.group.rank, a.group.size, a.group.epoch]
     return [
         1,
-        *(a.peer, a.model, a.model_name, a.layers, [a.span.first, a.span.end], a.state, a.dtype),
+        *(a.peer, a.model, a.model_name[:96], a.layers),
+        *([a.span.first, a.span.end], a.state, a.dtype),
         a.device,
         [a.speed.decode_layer_s, a.speed.prefill_layer_s, a.speed.head_s],
         *(a.free_kv_tokens, a.queue_s, list(a.addresses), [list(pair) for pair in a.neighbours]),
@@ -235,9 +249,7 @@ def _group(items: list[Any]) -> GroupMembership:
 
 
 def _unpack(data: bytes, count: int) -> list[Any]:
-    value = msgpack.unpackb(
-        data, max_str_len=256, max_array_len=32, max_map_len=0, max_ext_len=0
-    )
+    value = msgpack.unpackb(data, max_str_len=1024, max_array_len=32, max_map_len=0, max_ext_len=0)
     return _items(value, count)
 
 

@@ -68,7 +68,7 @@ def public_key(peer: PeerId) -> bytes | None:
 def verify(peer: PeerId, message: bytes, signature: bytes) -> bool:
     """True if `signature` over `message` was made with the key of `peer`."""
     key = public_key(peer)
-    if key is None or len(signature) != 64:
+    if key is None or not isinstance(signature, bytes) or len(signature) != 64:
         return False
     try:
         Ed25519PublicKey.from_public_bytes(key).verify(signature, message)

@@ -130,7 +130,7 @@ class Membership:
             for model in tuple(self._models):
                 try:
                     await self.refresh(model)
-                except (OSError, RuntimeError, ValueError) as error:
+                except Exception as error:  # hivemind raises many kinds; the view stays old
                     log.warning("reading the directory failed: %r", error)
             self.directory.expire(self.clock.wall())
             self._remember()

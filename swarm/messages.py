@@ -327,9 +327,9 @@ def encode(message: Message) -> bytes:
     kind = type(message)
     try:
         values = [check(getattr(message, name)) for name, check in _FIELDS[kind]]
-    except (ValueError, KeyError) as error:
+        packed: bytes = msgpack.packb([kind.KIND, *values])
+    except (ValueError, KeyError, OverflowError) as error:
         raise LocalProtocolError(f"{kind.__name__}: {error}") from error
-    packed: bytes = msgpack.packb([kind.KIND, *values])
     return packed
 
 
@@ -337,7 +337,7 @@ def decode(header: bytes | memoryview) -> Message:
     """The message of a header. Raises RemoteProtocolError for anything but a valid one."""
     try:
         values = msgpack.unpackb(
-            header, max_str_len=512, max_bin_len=64, max_array_len=80, max_map_len=0, max_ext_len=0
+            header, max_str_len=1024, max_bin_len=64, max_array_len=80, max_map_len=0, max_ext_len=0
         )
         if type(values) is not list or not values or type(values[0]) is not int:
             raise ValueError("not a message")

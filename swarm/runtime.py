@@ -107,11 +107,18 @@ class SessionRuntime:
         return session
 
     def close(self, session: OpenSession) -> None:
-        if self._sessions.pop(session.machine.key, None) is None:
+        """Free the stages; whoever waits for an event learns that none will come."""
+        if session.machine.key not in self._sessions:
             return
-        self.carry_out(session, session.machine.close())
-        for stage in session.route.stages:
-            self.links.unwatch(stage.peer)
+        instructions = session.machine.close()
+        assert session.machine.failed is not None
+        self.carry_out(session, [*instructions, Fail(session.machine.failed)])
+
+    def _release(self, session: OpenSession) -> None:
+        """A session is over, whoever ended it: depend on its peers no more."""
+        if self._sessions.pop(session.machine.key, None) is not None:
+            for stage in session.route.stages:
+                self.links.unwatch(stage.peer)
 
     def close_all(self) -> None:
         for session in list(self._sessions.values()):
@@ -144,6 +151,8 @@ class SessionRuntime:
                     task.add_done_callback(self._dials.discard)
                 case Emit() | EmitLogits() | Ready() | Fail():
                     session.events.put_nowait(instruction)
+                    if isinstance(instruction, Fail):
+                        self._release(session)
         for (peer, lane), outgoing in sends.items():
             sent = self.links.send(peer, outgoing, lane)
             if not sent and session.machine.failed is None:
@@ -153,11 +162,9 @@ class SessionRuntime:
         stage = wish.stage
         try:
             await self.links.connect(stage.peer, stage.addresses)
-        except PeerLost as error:
-            self.carry_out(session, session.machine.on_lost(stage.peer, error.how))
-            return
         except HexswarmError as error:
-            self.carry_out(session, session.machine.on_lost(stage.peer, error.cause))
+            how = error.how if isinstance(error, PeerLost) else error.cause
+            self.carry_out(session, session.machine.on_lost(stage.peer, how))
             return
         if session.machine.failed is None:
             self.carry_out(session, [Send(stage.peer, wish.message)])

@@ -19,7 +19,14 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from hexswarm.errors import HexswarmError, PeerLost, Refused, RemoteProtocolError, SessionClosed
+from hexswarm.errors import (
+    HexswarmError,
+    LocalProtocolError,
+    PeerLost,
+    Refused,
+    RemoteProtocolError,
+    SessionClosed,
+)
 from hexswarm.messages import (
     Cancel,
     Close,
@@ -142,6 +149,7 @@ class Session:
 
     def extend(self, kv_tokens: int) -> list[Instruction]:
         """Ask all stages for a longer lease; `Ready` tells when they have granted it."""
+        self._check_idle()
         self.kv_tokens = kv_tokens
         self._granted.clear()
         return [Send(stage.peer, self._opening(index)) for index, stage in self._stages()]
@@ -149,6 +157,8 @@ class Session:
     def generate(self, turn: Turn) -> list[Instruction]:
         """Begin a turn. The caller made sure that the lease is long enough."""
         self._check_idle()
+        if not turn.ids or turn.position > len(self.cached):
+            raise LocalProtocolError("a turn adds tokens, right behind or inside what is cached")
         self.turn += 1
         self.running = True
         del self.cached[turn.position :]
@@ -163,6 +173,8 @@ class Session:
 
     def feed(self, token: int) -> list[Instruction]:
         """Client loop: the chosen token; its logits come back."""
+        if self.failed is not None:
+            return []  # the listener learns from its next event
         position = len(self.cached)
         self._expected_position = position + 1
         instructions = self._feed(position, (token,))
@@ -187,7 +199,7 @@ class Session:
         self.running = False
         return [Send(stage.peer, Close(self.key)) for stage in self.route.stages]
 
-    # --- what happens ------------------------------------------------------------------------------
+    # --- what happens ----------------------------------------------------------------------------
 
     def on_frames(self, peer: PeerId, frames: Iterable[Frame]) -> list[Instruction]:
         return [made for frame in frames for made in self.on_frame(peer, frame)]
@@ -199,8 +211,7 @@ class Session:
             case Opened() as message if message.epoch == self.epoch:
                 return self._on_opened(peer, message)
             case Refuse() as message if message.epoch == self.epoch:
-                error = Refused(peer, message.code, message.reason, message.retry_s)
-                return self._fail(error)
+                return self._fail(self._refused(peer, message))
             case Token() as message if self._current(message) and peer == self.route.tail.peer:
                 return self._on_token(message)
             case Logits() as message if self._current(message) and peer == self.route.tail.peer:
@@ -225,11 +236,12 @@ class Session:
     def _peers(self) -> set[PeerId]:
         return {stage.peer for stage in self.route.stages}
 
-    def _layers(self, peer: str) -> tuple[int, int] | None:
-        for stage in self.route.stages:
-            if stage.peer == peer:
-                return stage.span.first, stage.span.end
-        return None
+    def _index(self, peer: PeerId) -> int:
+        return [stage.peer for stage in self.route.stages].index(peer)
+
+    def _layers(self, peer: PeerId) -> tuple[int, int]:
+        span = self.route.stages[self._index(peer)].span
+        return span.first, span.end
 
     def _opening(self, index: int) -> Open:
         stages = self.route.stages
@@ -310,13 +322,21 @@ class Session:
         return [Emit(message.token, message.position, message.finish)]
 
     def _on_logits(self, message: Logits, payload: bytes) -> list[Instruction]:
-        if message.position != self._expected_position:
-            return []
+        if message.position != self._expected_position or not payload or len(payload) % 4:
+            return self._fail(RemoteProtocolError("the tail sent logits that were not asked for"))
         self._sure = len(self.cached)
         return [EmitLogits(payload, message.position)]
 
+    def _refused(self, peer: PeerId, message: Refuse) -> HexswarmError:
+        """A stage that cannot reach the next one is seldom the one to do without."""
+        if message.code == "unreachable":
+            after = self.route.stages[self._index(peer) + 1 - len(self.route.stages)]
+            how = f"cannot be reached by its neighbour {peer[-8:]}"
+            return PeerLost(after.peer, self._layers(after.peer), how)
+        return Refused(peer, message.code, message.reason, message.retry_s)
+
     def _blame(self, peer: PeerId, message: Failed) -> HexswarmError:
-        if message.code == "lost":
+        if message.code == "lost" and message.peer in self._peers():
             lost = PeerId(message.peer)
             return PeerLost(lost, self._layers(lost), f"was lost by its neighbour {peer[-8:]}")
         if message.code == "draining":

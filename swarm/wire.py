@@ -97,6 +97,7 @@ class FrameDecoder:
             return None, 0
         body = start + _PREFIX.size
         with memoryview(self._buffer) as view:
-            message = decode(view[body : body + header_size])
+            # A copy: the traceback of a malformed header would else pin the buffer's size.
+            message = decode(bytes(view[body : body + header_size]))
             payload = bytes(view[body + header_size : start + size])
         return Frame(message, payload), size

@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 PROTOCOL = "/hexswarm/1"
 DIAL_S = 5.0
 """Limit for dialling and opening one stream; a cold dial takes 4.6 round trips."""
+LINGER_S = 5.0
+"""So long a closed stream may go on sending what was written."""
 
 
 @functools.cache
@@ -47,8 +49,8 @@ def load_hivemind() -> SimpleNamespace:
     from hivemind.dht.node import DHTNode
     from hivemind.dht.validation import RecordValidatorBase
     from hivemind.p2p import P2P, PeerID
-    from hivemind.utils.multiaddr import Multiaddr
     from hivemind.utils.logging import use_hivemind_log_handler
+    from hivemind.utils.multiaddr import Multiaddr
     from hivemind.utils.serializer import MSGPackSerializer
 
     use_hivemind_log_handler("nowhere")
@@ -97,7 +99,11 @@ class Libp2pStream:
             await self._writer.drain()
 
     def close(self) -> None:
+        if self._writer.is_closing():
+            return
         self._writer.close()
+        # The other end may never take what waits: without this, a dead stream keeps it for ever.
+        asyncio.get_running_loop().call_later(LINGER_S, self._writer.transport.abort)
 
 
 class Libp2pTransport:
@@ -161,14 +167,14 @@ class Libp2pTransport:
     async def connect(self, peer: PeerId, addresses: Sequence[str]) -> None:
         """Make the daemon know and reach `peer`. Raises PeerLost."""
         hivemind = load_hivemind()
-        maddrs = [self._multiaddr(a) for a in addresses if "/p2p" not in a]
-        remote = hivemind.PeerID.from_base58(peer)
         try:
+            maddrs = [self._multiaddr(a) for a in addresses if "/p2p" not in a]
+            remote = hivemind.PeerID.from_base58(peer)
             async with asyncio.timeout(DIAL_S):
                 await self.p2p._client.connect(remote, maddrs)
         except TimeoutError as error:
             raise PeerLost(peer, None, f"did not answer within {DIAL_S:.0f} s") from error
-        except Exception as error:  # ControlFailure and friends
+        except Exception as error:  # ControlFailure; a bad id or address, which others gave us
             raise PeerLost(peer, None, "cannot be reached") from error
 
     async def dial(self, peer: PeerId, addresses: Sequence[str]) -> Libp2pStream:
