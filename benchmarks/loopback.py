@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import itertools
 import json
 import os
 import platform
@@ -29,15 +30,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import psutil
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from hexswarm.client import AsyncClient, Completion
 from hexswarm.config import DEFAULT_MODEL, cache
 from hexswarm.demo import LocalSwarm
 from hexswarm.messages import Hidden
 from hexswarm.store import resolve
 from hexswarm.wire import pack
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-SPANS = ("0:10", "10:20", "20:30")
 TOKENS = 64
 
 SUBJECTS = (
@@ -62,6 +63,12 @@ SUBJECTS = (
     "the first railways",
     "how honey is made",
 )
+
+
+def spans(layers: int) -> list[str]:
+    """Three spans as equal as can be."""
+    edges = [layers * n // 3 for n in range(4)]
+    return [f"{first}:{end}" for first, end in itertools.pairwise(edges)]
 
 
 def chat(subject: str) -> list[dict[str, str]]:
@@ -99,10 +106,11 @@ class Stopwatch:
 class Plain:
     """transformers, as its users run it: `generate`, greedy, one thread."""
 
-    def __init__(self, folder: Any) -> None:
+    def __init__(self, folder: Any, device: str = "cpu", dtype: str = "float32") -> None:
         torch.set_num_threads(1)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        self.model = model.to(device).eval()
 
     def run(self, messages: list[dict[str, str]], tokens: int = TOKENS) -> Run:
         text = self.tokenizer.apply_chat_template(
@@ -110,6 +118,7 @@ class Plain:
         )
         cpu_s, began_s = time.process_time(), time.perf_counter()
         inputs = self.tokenizer(text, return_tensors="pt", add_special_tokens=False)
+        inputs = inputs.to(self.model.device)
         watch = Stopwatch()
         with torch.inference_mode():
             out = self.model.generate(
@@ -251,10 +260,12 @@ def wire_overhead(hidden: int) -> int:
 
 
 async def measure(flags: argparse.Namespace) -> dict[str, Any]:
-    folder = resolve(DEFAULT_MODEL, home=cache())
-    plain = Plain(folder.path)
-    with LocalSwarm(SPANS, threads=1) as local:
-        async with AsyncClient(local.bootstrap, home=local.home / "client") as client:
+    folder = resolve(flags.model, home=cache())
+    plain = Plain(folder.path, flags.device, flags.dtype)
+    extra = ("--device", flags.device, "--dtype", flags.dtype)
+    with LocalSwarm(spans(folder.spec.layers), model=flags.model, threads=1, extra=extra) as local:
+        home = local.home / "client"
+        async with AsyncClient(local.bootstrap, model=flags.model, home=home) as client:
             swarm = Swarm(local, client)
             figures: dict[str, Any] = await compare(plain, swarm, flags.rounds)
             if flags.equal:
@@ -282,6 +293,9 @@ def import_ms() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--equal", action="store_true")
     parser.add_argument("--soak", action="store_true")
     flags = parser.parse_args()

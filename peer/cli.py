@@ -33,7 +33,7 @@ def stop_on_signals(stop: Callable[[], None]) -> None:
 
 def _say(peer: Peer) -> None:
     served = peer.served
-    speed = served.speed
+    speed = served.measured.speed
     per_token_s = speed.decode_layer_s * len(served.span) + speed.head_s
     print(
         f"serving layers {served.span} of {served.folder.spec.name} as {peer.peer} "

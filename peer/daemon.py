@@ -13,6 +13,7 @@ import contextlib
 import logging
 import random
 from collections.abc import Callable
+from typing import Any
 
 from hexswarm.clock import RealClock
 from hexswarm.config import PeerConfig
@@ -28,10 +29,10 @@ from hexswarm.peer.loading import (
     Served,
     check_span,
     choose_device,
-    free_bytes,
     load,
     span_for_memory,
 )
+from hexswarm.peer.memory import free_bytes
 from hexswarm.peer.scheduler import Policy, Scheduler
 from hexswarm.peer.server import PeerServer
 from hexswarm.peer.stage import Hosted, StageTable
@@ -85,9 +86,7 @@ class Peer:
     async def start(self) -> None:
         """Join, load and announce; afterwards others can use us."""
         config = self.config
-        folder = await asyncio.to_thread(
-            resolve, config.model, home=config.cache, span=config.span, progress=self._progress
-        )
+        folder = await self._resolve(weights=False)
         if config.span is not None:
             check_span(config.span, folder.spec.layers)
         device, dtype = choose_device(config)
@@ -95,6 +94,7 @@ class Peer:
         self.member.follow(INDEX)
         await self.member.refresh()
         span = config.span or self._free_span(folder, device, dtype)
+        folder = await self._resolve(span=span)
         self.served = await asyncio.to_thread(
             load, config, folder, span, device, dtype, self._progress
         )
@@ -124,10 +124,21 @@ class Peer:
 
     # --- inside -------------------------------------------------------------------------------
 
+    async def _resolve(self, **wanted: Any) -> ModelFolder:
+        return await asyncio.to_thread(
+            resolve, self.config.model, home=self.config.cache, progress=self._progress, **wanted
+        )
+
     def _assemble(self) -> None:
         served, spec = self.served, self.served.folder.spec
         hosted = Hosted(self.peer, spec.digest, served.span, spec.layers, spec.hidden)
-        policy = Policy.of(spec.hidden * DTYPES[served.dtype], head=served.span.first == 0)
+        policy = Policy.of(
+            spec.hidden * DTYPES[served.dtype],
+            head=served.span.first == 0,
+            efficient_tokens=served.measured.efficient_tokens,
+            stages=-(-spec.layers // len(served.span)),
+            accelerator=served.device != "cpu",
+        )
         tables = BlockTables(served.blocks, lease_s=self.config.lease_s)
         scheduler = Scheduler(policy, tables.blocks)
         engine = Engine(
@@ -169,7 +180,7 @@ class Peer:
             state=self._state,
             dtype=served.dtype,
             device=served.device,
-            speed=served.speed,
+            speed=served.measured.speed,
             free_kv_tokens=engine.free_tokens,
             queue_s=engine.queue_s(),
             addresses=self._addresses[:8],
@@ -178,11 +189,13 @@ class Peer:
         )
 
     async def _announce(self) -> None:
-        self._addresses = await self.member.transport.addresses()
+        """Announce if it is time to."""
         current = self._current()
         now, wall = self.clock.monotonic(), self.clock.wall()
         if not self._announcer.due(current, now):
             return
+        self._addresses = await self.member.transport.addresses()
+        current = self._current()
         stamped, expires_s = self._announcer.stamp(current, now, wall)
         record = sign(stamped, expires_s, self._identity)
         self.member.take([record])
@@ -201,9 +214,7 @@ class Peer:
         """Keep links to a few peers of the same model and measure the way to them."""
         while True:
             digest = self.served.folder.spec.digest
-            others = [
-                a for a in self.member.alive() if a.model == digest and a.peer != self.peer
-            ]
+            others = [a for a in self.member.alive() if a.model == digest and a.peer != self.peer]
             chosen = self._rng.sample(others, min(NEIGHBOURS, len(others)))
             for other in chosen:
                 with contextlib.suppress(PeerLost):

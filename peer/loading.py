@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -15,12 +12,12 @@ from hexswarm.config import PeerConfig
 from hexswarm.errors import OutOfMemory, UsageError
 from hexswarm.peer.cache import BLOCK_TOKENS
 from hexswarm.peer.models.architecture import read_architecture
-from hexswarm.peer.probe import cached, measure
+from hexswarm.peer.probe import Measured, cached, measure
 from hexswarm.peer.runner import Runner
 from hexswarm.peer.shard import Shard
 from hexswarm.peer.weights import load_span, span_bytes
 from hexswarm.progress import Progress
-from hexswarm.records import DTYPES, Span, Speed
+from hexswarm.records import DTYPES, Span
 from hexswarm.store import ModelFolder
 from hexswarm.version import __version__
 
@@ -38,7 +35,7 @@ class Served:
     blocks: int
     dtype: str
     device: str
-    speed: Speed
+    measured: Measured
 
 
 def choose_device(config: PeerConfig) -> tuple[str, str]:
@@ -56,18 +53,6 @@ def choose_device(config: PeerConfig) -> tuple[str, str]:
     if dtype == "auto":
         dtype = "float32" if kind == "cpu" else "bfloat16"
     return device, dtype
-
-
-def free_bytes(device: str) -> int:
-    """Memory that is free on `device` now."""
-    if device.startswith("cuda"):
-        free, _ = torch.cuda.mem_get_info(torch.device(device))
-        return int(free)
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
 def check_span(span: Span, layers: int) -> Span:
@@ -131,9 +116,9 @@ def load(
         *(__version__, torch.__version__, platform.processor(), platform.node()),
     )
     progress.note(f"measuring the speed of layers {span} on {device}")
-    speed = cached(
+    measured = cached(
         config.cache / "speed.json",
         parts,
         lambda: measure(runner.run, span, folder.spec.layers, folder.spec.hidden, dtype),
     )
-    return Served(folder, span, runner, blocks, dtype, device, speed)
+    return Served(folder, span, runner, blocks, dtype, device, measured)

@@ -16,6 +16,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,25 @@ from hexswarm.peer.cache import blocks_of
 from hexswarm.peer.steps import Activations, Batch, Row, TailPolicy
 from hexswarm.records import DTYPES, Sampling, Span, Speed
 
-CHUNK_TOKENS = 64
+CHUNK_TOKENS = 128
+SHORT_TOKENS = 16
 STEPS = 6
 REPEATS = 3
+MOST_EFFICIENT = 1024
 
 
-def measure(run: Callable[[Batch], Any], span: Span, layers: int, hidden: int, dtype: str) -> Speed:
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A peer's speed, and how long a prompt piece should be to use it."""
+
+    speed: Speed
+    efficient_tokens: int
+    """Tokens whose arithmetic takes as long as the fixed cost of a piece."""
+
+
+def measure(
+    run: Callable[[Batch], Any], span: Span, layers: int, hidden: int, dtype: str
+) -> Measured:
     """Seconds per token and layer of `run`, which must accept rows on blocks from 0 on."""
     blocks = tuple(range(blocks_of(CHUNK_TOKENS + STEPS)))
     head, tail = span.first == 0, span.end == layers
@@ -55,32 +69,44 @@ def measure(run: Callable[[Batch], Any], span: Span, layers: int, hidden: int, d
 
     timed(0, CHUNK_TOKENS, sample=True)  # warm-up
     prefill = min(timed(0, CHUNK_TOKENS, sample=False) for _ in range(REPEATS))
+    short = min(timed(0, SHORT_TOKENS, sample=False) for _ in range(REPEATS))
     plain = [timed(CHUNK_TOKENS + n % STEPS, 1, sample=False) for n in range(2 * STEPS)]
     decode = statistics.median(plain)
     head_s = 0.0
     if tail:
         full = [timed(CHUNK_TOKENS + n % STEPS, 1, sample=True) for n in range(2 * STEPS)]
         head_s = max(0.0, statistics.median(full) - decode)
-    return Speed(
+    speed = Speed(
         decode_layer_s=decode / len(span),
         prefill_layer_s=prefill / CHUNK_TOKENS / len(span),
         head_s=head_s,
     )
+    return Measured(speed, _efficient_tokens(short, prefill))
 
 
-def cached(path: Path, parts: tuple[object, ...], probe: Callable[[], Speed]) -> Speed:
-    """The speed stored in `path` for `parts`, or a fresh measurement, stored."""
+def _efficient_tokens(short_s: float, long_s: float) -> int:
+    """Fixed cost over cost per token, of the line through two pieces."""
+    token_s = max((long_s - short_s) / (CHUNK_TOKENS - SHORT_TOKENS), 1e-9)
+    fixed_s = max(short_s - SHORT_TOKENS * token_s, 0.0)
+    return min(max(round(fixed_s / token_s), SHORT_TOKENS), MOST_EFFICIENT)
+
+
+def cached(path: Path, parts: tuple[object, ...], probe: Callable[[], Measured]) -> Measured:
+    """What is stored in `path` for `parts`, or a fresh measurement, stored."""
     key = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
     stored: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
         stored = json.loads(path.read_text())
     with contextlib.suppress(KeyError, TypeError, ValueError):
-        return Speed(*(float(value) for value in stored[key]))
-    speed = probe()
-    stored[key] = [speed.decode_layer_s, speed.prefill_layer_s, speed.head_s]
+        decode, prefill, head, efficient = stored[key]
+        return Measured(Speed(float(decode), float(prefill), float(head)), int(efficient))
+    found = probe()
+    speed = found.speed
+    times = [speed.decode_layer_s, speed.prefill_layer_s, speed.head_s]
     with contextlib.suppress(OSError, TypeError):
+        stored[key] = [*times, found.efficient_tokens]
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f"{path.name}.{os.getpid()}")
         draft.write_text(json.dumps(stored))
         draft.replace(path)
-    return speed
+    return found

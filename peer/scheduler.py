@@ -13,9 +13,9 @@ A batch is composed of
    keeps its place. At least 16 tokens always go along, so that no prompt starves.
 One session never has two rows in one batch: the second attends to what the first writes.
 
-Cutting also makes the pipeline overlap: stage j computes piece i while stage j-1 computes i+1. At
-the head a fresh prompt goes in about eight pieces, of 64 to 256 KiB of activations each (see
-`chunk_range`): less would drown in overhead, more would leave the later stages idle.
+Cutting also makes the pipeline overlap: stage j computes piece i while stage j-1 computes i+1. How
+finely the head cuts a fresh prompt follows from what a piece costs on its device (`_fresh_piece`):
+on a CPU a piece of 11 tokens takes nearly as long as one of 43, so short prompts stay whole.
 
 Two things make the device wait although steps are ready. *Siblings*: steps that left the previous
 stage in one batch arrive in a burst; the first ones wait for the last, at most `sibling_wait_s`, so
@@ -28,6 +28,7 @@ equal histories give equal batches. The owner guards it with a lock (`hexswarm.p
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -43,7 +44,10 @@ MIN_PIECE = 16
 """Tokens of a prompt that go along with any batch; also the grain of cuts."""
 
 _PIECES = 8
-"""A fresh prompt is cut into about so many pieces, where sizes allow."""
+"""A fresh prompt is cut into so many pieces at the most."""
+
+_PIECE_BYTES = 2 << 20
+"""And a piece is never larger than this, whatever the device would like."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,10 @@ class Policy:
     """Most prompt tokens of a row, and of a batch without decodes."""
     chunk_floor: int = 32
     """A fresh prompt is not cut finer than this."""
+    efficient_tokens: int = 32
+    """Prompt tokens whose arithmetic takes as long as what every piece costs anyhow."""
+    stages: int = 3
+    """Stages of the pipeline, as far as this one can guess."""
     target_step_s: float = 0.05
     sibling_wait_s: float = 0.002
     gather_rows: int = 5
@@ -70,26 +78,40 @@ class Policy:
             raise UsageError("target_step_s is positive and sibling_wait_s not negative")
 
     @classmethod
-    def of(cls, hidden_bytes: int, *, head: bool, accelerator: bool = False) -> Policy:
+    def of(
+        cls,
+        hidden_bytes: int,
+        *,
+        head: bool,
+        efficient_tokens: int = 2 * MIN_PIECE,
+        stages: int = 3,
+        accelerator: bool = False,
+    ) -> Policy:
         """The policy of a stage whose activations have `hidden_bytes` a token.
 
-        A row or prompt token costs an accelerator far less of a weight read than it costs a CPU,
-        so there pieces are larger and more rows are worth gathering.
+        `efficient_tokens` is measured at start (`hexswarm.peer.probe`). A row costs an accelerator
+        far less of a weight read than it costs a CPU, so there more rows are worth gathering.
         """
-        floor, ceiling = chunk_range(hidden_bytes, 256 if accelerator else MIN_PIECE)
-        rows = 32 if accelerator else 5
-        return cls(head=head, chunk_tokens=ceiling, chunk_floor=floor, gather_rows=rows)
+        floor, ceiling = chunk_range(hidden_bytes, efficient_tokens)
+        return cls(
+            head=head,
+            chunk_tokens=ceiling,
+            chunk_floor=floor,
+            efficient_tokens=efficient_tokens,
+            stages=max(1, stages),
+            gather_rows=32 if accelerator else 5,
+        )
 
 
 def chunk_range(hidden_bytes: int, efficient_tokens: int = MIN_PIECE) -> tuple[int, int]:
-    """Tokens in 64 KiB and in 256 KiB of activations, in whole grains of 16.
+    """Least and most tokens of a piece, in whole grains of 16.
 
-    Never below `efficient_tokens`, where the read of the weights no longer dominates a piece: 16
-    suits a CPU, a large GPU needs some 256.
+    64 KiB and 256 KiB of activations, where the network sets the measure; at most 2 MiB and at
+    least `efficient_tokens`, where the device does.
     """
-    floor = max(efficient_tokens, (64 << 10) // hidden_bytes)
-    ceiling = max(efficient_tokens, (256 << 10) // hidden_bytes)
-    return max(MIN_PIECE, _grains(floor)), max(MIN_PIECE, _grains(ceiling))
+    floor, ceiling = (64 << 10) // hidden_bytes, (256 << 10) // hidden_bytes
+    wanted = min(efficient_tokens, _PIECE_BYTES // hidden_bytes)
+    return max(MIN_PIECE, _grains(floor)), max(MIN_PIECE, _grains(max(ceiling, wanted)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,9 +267,17 @@ class Scheduler:
         return min(max(_grains(tokens), MIN_PIECE), self.policy.chunk_tokens)
 
     def _fresh_piece(self, tokens: int) -> int:
-        """Size of the pieces in which a fresh prompt goes down the pipeline."""
-        piece = _grains(tokens // _PIECES)
-        return min(max(piece, self.policy.chunk_floor), self.policy.chunk_tokens)
+        """Size of the pieces in which a fresh prompt goes down the pipeline.
+
+        k pieces of P tokens pass S stages in (S + k - 1) (a + b P / k) seconds, where a piece costs
+        a + b a token; that is least at k = sqrt((S - 1) b P / a), and a / b are the efficient
+        tokens. A short prompt therefore stays whole.
+        """
+        policy = self.policy
+        best = math.sqrt((policy.stages - 1) * tokens / policy.efficient_tokens)
+        pieces = min(max(round(best), 1), _PIECES)
+        piece = _grains(-(-tokens // pieces) + MIN_PIECE - 1)
+        return min(max(piece, policy.chunk_floor), policy.chunk_tokens)
 
     def _cut(self, pending: _Pending, tokens: int) -> Row:
         """Take the next `tokens` tokens of a pending step as a row."""

@@ -357,7 +357,7 @@ class StageTable:
         session = self._sessions.get(message.session)
         if session is None or message.epoch != session.epoch or peer != session.successor:
             return []
-        reason = "no such session there (its lease may have ended)"
+        reason = f"{peer[-8:]} does not know the session any more"
         failed = Failed(session.key, session.epoch, "unknown", reason, peer)
         return [Send(session.client, failed)]
 

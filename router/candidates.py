@@ -101,8 +101,9 @@ def _rules(request: RouteRequest) -> Iterable[_Rule]:
 def _unknown(snapshot: Snapshot, request: RouteRequest) -> NoRoute:
     served = sorted({item.model_name for item in snapshot.announcements if item.serving})
     remedy = f"served here: {', '.join(served[:8])}" if served else "no peer serves anything here"
+    name = request.model_name or "the model"
     return NoRoute(
-        f"no peer serves the model (weights {request.model[:12]}, {request.layers} layers)",
+        f"no peer serves {name} (weights {request.model[:12]}, {request.layers} layers)",
         missing=((0, request.layers),),
         remedy=remedy,
     )

@@ -67,7 +67,7 @@ def chat(flags: argparse.Namespace) -> int:
 
 def _ask() -> str:
     try:
-        text = input("> ").strip()
+        text = input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
         return ""
     return "" if text == "/exit" else text

@@ -106,7 +106,7 @@ class Client:
         try:
             while True:
                 try:
-                    row = self._wait(source.asend(chosen))
+                    row: np.ndarray[Any, Any] = self._wait(source.asend(chosen))
                 except StopAsyncIteration:
                     return
                 chosen = yield row
@@ -201,6 +201,12 @@ class BlockingConversation:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @overload
+    def generate(
+        self, prompt: Prompt, *, stream: Literal[False] = False, **options: Any
+    ) -> Completion: ...
+    @overload
+    def generate(self, prompt: Prompt, *, stream: Literal[True], **options: Any) -> Stream: ...
     def generate(
         self, prompt: Prompt, *, stream: bool = False, **options: Any
     ) -> Completion | Stream:
@@ -253,9 +259,7 @@ def generate(
     return client.generate(prompt, **options)
 
 
-def _client(
-    model: str, bootstrap: Sequence[str] | None, home: str | Path | None
-) -> Client:
+def _client(model: str, bootstrap: Sequence[str] | None, home: str | Path | None) -> Client:
     if isinstance(bootstrap, str):
         raise UsageError("bootstrap is a list of addresses, not one text")
     addresses = default_bootstrap() if bootstrap is None else tuple(bootstrap)

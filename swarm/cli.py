@@ -16,7 +16,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from hexswarm.config import (
     BootstrapConfig,
@@ -25,7 +25,7 @@ from hexswarm.config import (
     add_flags,
     from_flags,
 )
-from hexswarm.errors import HexswarmError
+from hexswarm.errors import HexswarmError, UsageError
 from hexswarm.log import set_up
 from hexswarm.version import __version__
 
@@ -34,10 +34,9 @@ Run = Callable[[argparse.Namespace], int]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status."""
-    parser = _parser()
-    flags = parser.parse_args(argv)
-    set_up(flags.verbose)
     try:
+        flags = _parser().parse_args(argv)
+        set_up(flags.verbose)
         door = importlib.import_module(flags.module)
         status: int = getattr(door, flags.function)(flags)
         sys.stdout.flush()
@@ -69,8 +68,15 @@ def _first(group: BaseException) -> HexswarmError | None:
     return group if isinstance(group, HexswarmError) else None
 
 
+class _Parser(argparse.ArgumentParser):
+    """Complains in our one line instead of argparse's usage and message."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, remedy=f"see {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="hexswarm",
         description="Large language models on GPUs that volunteers own.",
         epilog="Every peer of a route can read the text it computes; see README, Privacy.",
@@ -99,7 +105,11 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="print one JSON object")
     command("peer", "hexswarm.peer.cli", "run", "lend this machine to a swarm", PeerConfig)
     command(
-        "bootstrap", "hexswarm.bootstrap.cli", "run", "a well-known node of a swarm", BootstrapConfig
+        "bootstrap",
+        "hexswarm.bootstrap.cli",
+        "run",
+        "a well-known node of a swarm",
+        BootstrapConfig,
     )
     demo = command("demo", "hexswarm.demo", "run", "a whole swarm on this machine", None)
     demo.add_argument("prompt", nargs="?", default="What is the capital of France?")

@@ -24,11 +24,19 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from hexswarm.clock import RealClock
 from hexswarm.config import DEFAULT_MODEL, ClientConfig
-from hexswarm.errors import ContextTooLong, NetworkError, PeerLost, Refused, SessionClosed, UsageError
+from hexswarm.errors import (
+    ContextTooLong,
+    NetworkError,
+    NoRoute,
+    PeerLost,
+    Refused,
+    SessionClosed,
+    UsageError,
+)
 from hexswarm.membership import Membership
 from hexswarm.records import Link, PeerId, Route, RouteRequest, Sampling
 from hexswarm.router.network import Snapshot, snapshot
@@ -264,12 +272,12 @@ class AsyncClient:
         if isinstance(prompt, str):
             ids = self.tokenizer.encode_prompt(prompt)
         elif prompt and all(type(item) is int for item in prompt):
-            ids = [int(item) for item in prompt]  # type: ignore[call-overload]
+            ids = cast(list[int], list(prompt))
             vocabulary = self.folder.spec.vocabulary
             if not all(0 <= item < vocabulary for item in ids):
                 raise UsageError(f"a token id is outside 0-{vocabulary - 1}")
         else:
-            ids = self.tokenizer.encode_chat(prompt)
+            ids = self.tokenizer.encode_chat(cast(Sequence[Mapping[str, str]], prompt))
         if not ids:
             raise UsageError("the prompt is empty")
         return ids
@@ -291,54 +299,69 @@ class AsyncClient:
         self, prompt_tokens: int, new_tokens: int, *, client_loop: bool = False
     ) -> OpenSession:
         """A session with room for prompt and answer, along the best route that accepts it."""
-        spec = self.folder.spec
-        await self._member.refresh(spec.digest, older_s=STALE_S)
+        await self._member.refresh(self.spec_digest, older_s=STALE_S)
         deny: set[PeerId] = set()
         refusal: Refused | PeerLost | None = None
-        for attempt in range(ATTEMPTS):
-            request = RouteRequest(
-                model=spec.digest,
-                layers=spec.layers,
-                hidden_bytes=spec.hidden * 4,
-                prompt_tokens=prompt_tokens,
-                new_tokens=new_tokens,
-                client=self._member.transport.local,
-                deny=frozenset(deny),
-            )
+        for _ in range(ATTEMPTS):
             try:
-                route = find_route(self._view(), request, self._clock.monotonic(), self._rng)
-            except Exception as error:
+                route = await self._route(prompt_tokens, new_tokens, frozenset(deny))
+            except NoRoute:
                 if refusal is not None:
-                    raise refusal from error
-                if attempt or not hasattr(error, "missing"):
-                    raise
-                await self._member.refresh(spec.digest)
-                route = find_route(self._view(), request, self._clock.monotonic(), self._rng)
+                    raise refusal from None
+                raise
             session = self._runtime.open(
-                route, spec.digest, prompt_tokens + new_tokens, client_loop=client_loop
+                route, self.spec_digest, prompt_tokens + new_tokens, client_loop=client_loop
             )
             try:
-                async with asyncio.timeout(self.config.connect_s):
-                    await session.ready()
+                await self._opened(session)
             except (Refused, PeerLost) as error:
-                session.close()
                 refusal = error
                 deny.add(PeerId(error.peer))
-                if isinstance(error, PeerLost):
-                    self._member.directory.forget(PeerId(error.peer))
-            except TimeoutError:
-                session.close()
-                raise NetworkError(
-                    f"the stages did not open within {self.config.connect_s:.0f} s",
-                    remedy="try again",
-                ) from None
-            except BaseException:
-                session.close()
-                raise
+                self._forget_lost(error)
             else:
                 return session
         assert refusal is not None
         raise refusal
+
+    async def _route(self, prompt_tokens: int, new_tokens: int, deny: frozenset[PeerId]) -> Route:
+        """The best route without the peers in `deny`. Raises NoRoute."""
+        spec = self.folder.spec
+        request = RouteRequest(
+            model=spec.digest,
+            layers=spec.layers,
+            hidden_bytes=spec.hidden * 4,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            client=self._member.transport.local,
+            model_name=spec.name,
+            deny=deny,
+        )
+        try:
+            return find_route(self._view(), request, self._clock.monotonic(), self._rng)
+        except NoRoute:
+            if deny:
+                raise
+            await self._member.refresh(spec.digest)  # a peer may have come since
+            return find_route(self._view(), request, self._clock.monotonic(), self._rng)
+
+    async def _opened(self, session: OpenSession) -> None:
+        """Wait until the session is open; it is closed if it does not come to that."""
+        try:
+            async with asyncio.timeout(self.config.connect_s):
+                await session.ready()
+        except TimeoutError:
+            session.close()
+            raise NetworkError(
+                f"the stages did not open within {self.config.connect_s:.0f} s", remedy="try again"
+            ) from None
+        except BaseException:
+            session.close()
+            raise
+
+    def _forget_lost(self, error: Exception) -> None:
+        """A peer that was seen dead is not used again until it announces itself anew."""
+        if isinstance(error, PeerLost):
+            self._member.directory.forget(PeerId(error.peer))
 
     async def _next(self, session: OpenSession) -> object:
         try:
@@ -347,13 +370,11 @@ class AsyncClient:
         except TimeoutError:
             raise NetworkError(f"no token for {STALL_S:.0f} s", remedy="try again") from None
         except PeerLost as error:
-            self._member.directory.forget(PeerId(error.peer))
+            self._forget_lost(error)
             raise
 
 
-def _own_links(
-    local: PeerId, rtts: Mapping[PeerId, float]
-) -> dict[tuple[PeerId, PeerId], Link]:
+def _own_links(local: PeerId, rtts: Mapping[PeerId, float]) -> dict[tuple[PeerId, PeerId], Link]:
     return {(local, peer): Link(rtt) for peer, rtt in rtts.items()}
 
 

@@ -12,7 +12,7 @@ import dataclasses
 import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,7 +54,9 @@ class NetworkConfig:
     bootstrap: tuple[str, ...] = option(
         (), "address of a node of the swarm, /ip4/.../tcp/.../p2p/...; may be given several times"
     )
-    home: Path | None = option(None, "folder for identity and remembered peers (default: ~/.hexswarm)")
+    home: Path | None = option(
+        None, "folder for identity and remembered peers (default: ~/.hexswarm)"
+    )
 
     @property
     def folder(self) -> Path:
@@ -131,7 +133,7 @@ def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
             "--" + item.name.replace("_", "-"),
             dest=item.name,
             default=None,
-            type=kind,
+            type=_for_argparse(kind),
             action="append" if many else "store",
             metavar=item.name.upper(),
             help=item.metadata["help"]
@@ -163,6 +165,19 @@ def from_flags(
         if given is not None:
             values[item.name] = tuple(given) if many else given
     return config(**values)
+
+
+def _for_argparse(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`kind` with its own words of complaint, which argparse keeps of one error type only."""
+
+    def parse(text: str) -> Any:
+        try:
+            return kind(text)
+        except UsageError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    parse.__name__ = kind.__name__  # argparse: "invalid int value"
+    return parse
 
 
 def _element(hint: Any) -> tuple[Any, bool]:

@@ -68,11 +68,19 @@ class Process:
         reason = (self.log_text.strip().splitlines() or ["no word of it"])[-1]
         raise ProcessFailed(f"{self.name} did not start: {reason}")
 
-    def end(self, number: int = signal.SIGTERM, timeout_s: float = END_S) -> int:
-        """Send a signal and wait; killed if it does not obey. The exit status."""
+    def signal(self, number: int) -> None:
+        """Send a signal to the process if it still runs."""
         if self.process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 self.process.send_signal(number)
+
+    def end(self, number: int = signal.SIGTERM, timeout_s: float = END_S) -> int:
+        """Send a signal and wait; killed if it does not obey. The exit status."""
+        self.signal(number)
+        return self.wait(timeout_s)
+
+    def wait(self, timeout_s: float = END_S) -> int:
+        """Wait for the end; killed if it does not come. The exit status."""
         try:
             status = self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -161,10 +169,8 @@ class LocalSwarm:
     def stop(self) -> list[int]:
         """End all processes, peers first, all at once; their exit statuses."""
         for process in self.processes:
-            if process.process.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    process.process.send_signal(signal.SIGTERM)
-        statuses = [process.end() for process in self.processes]
+            process.signal(signal.SIGTERM)  # once: a second one would not let it drain
+        statuses = [process.wait() for process in self.processes]
         if self._folder is not None:
             self._folder.cleanup()
         return statuses

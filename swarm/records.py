@@ -248,6 +248,8 @@ class RouteRequest:
     ttft_s: float | None = None
     tpot_s: float | None = None
     percentile: float = 50.0
+    model_name: str = ""
+    """What a person calls the model; for messages only."""
     deny: frozenset[PeerId] = frozenset()
     allow: frozenset[PeerId] | None = None
 

@@ -19,7 +19,7 @@ from hexswarm.errors import LocalProtocolError, RemoteProtocolError
 from hexswarm.messages import MAX_HEADER_BYTES, Message, decode, encode
 
 MAX_PAYLOAD_BYTES = 4 << 20
-"""Chunks of a prompt are at most 256 KiB; logits of a 256k vocabulary are 1 MiB."""
+"""Chunks of a prompt are at most 2 MiB; logits of a 256k vocabulary are 1 MiB."""
 
 FRAME_DEADLINE_S = 30.0
 """Time for one frame from first to last byte: 4 MiB at 1.2 Mbit/s."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import struct
 import time
@@ -25,7 +26,7 @@ def data_of(frame: Frame) -> bytes:
 
 def cut(data: bytes, places: list[int]) -> list[bytes]:
     edges = sorted({0, len(data), *(place % (len(data) + 1) for place in places)})
-    return [data[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [data[a:b] for a, b in itertools.pairwise(edges)]
 
 
 def read(pieces: list[bytes]) -> list[Frame]:
@@ -165,7 +166,6 @@ def test_damaged_frames(sent: list[Frame], rng: random.Random) -> None:
 def test_overhead_of_a_step() -> None:
     """What a decode step adds to its activations, with every field as long as it gets."""
     big = 1 << 16
-    hidden = Hidden(b"\xff" * 16, big, big, big, MAX_TOKENS, 1 << 20, True, "bfloat16"[:8])
     hidden = Hidden(b"\xff" * 16, big, big, MAX_TOKENS, 1 << 20, True, "bfloat16", big)
     tokens = Tokens(b"\xff" * 16, big, big, MAX_TOKENS, True, big)
     for message in (hidden, tokens):
