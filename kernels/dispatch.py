@@ -1,6 +1,7 @@
 """Which implementation of the operations a shard uses: chosen by name, never by a caught exception.
 
-One backend so far. A backend is anything with the functions of `hexswarm.kernels.reference`.
+A backend is anything with the functions of `hexswarm.kernels.reference`. "native" is that reference
+too, for long batches; short ones run as whole layers in `hexswarm.kernels.native`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from hexswarm.kernels import reference
+from hexswarm.kernels import native, reference
 from hexswarm.kernels.ragged import Piece
 
 
@@ -33,7 +34,16 @@ class Operations(Protocol):
     def attend(self, q: Tensor, cache: Tensor, pieces: Sequence[Piece], scale: float) -> Tensor: ...
 
 
-BACKENDS: dict[str, Operations] = {"torch": cast(Operations, reference)}
+BACKENDS: dict[str, Operations] = {
+    "torch": cast(Operations, reference),
+    "native": cast(Operations, reference),
+}
+
+
+def choose(device: torch.device, dtype: torch.dtype) -> str:
+    """The fastest backend for weights of this kind in this installation."""
+    suitable = device.type == "cpu" and dtype == torch.float32
+    return "native" if suitable and native.available() else "torch"
 
 
 def operations(backend: str) -> Operations:

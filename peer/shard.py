@@ -4,6 +4,9 @@ A shard is weights and arithmetic only; sessions, batches and payloads are the r
 may enter and leave inside the span (partial entry), so `forward` takes the sub-span to run.
 `embed` and `head` exist where the span touches the model's ends. With tied embeddings one tensor
 serves both, stored as the LM head likes it: `[hidden, vocabulary]`.
+
+Backend "native" runs batches of few tokens in C (`hexswarm.kernels.native`), in float32 on a CPU,
+and longer ones as "torch" does. "auto" is "native" where that can be.
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ import torch
 from torch import Tensor
 
 from hexswarm.errors import OutOfMemory, UnsupportedModel, UsageError
-from hexswarm.kernels.dispatch import operations
+from hexswarm.kernels.dispatch import choose, operations
+from hexswarm.kernels.native import ROWS, NativeLayers
 from hexswarm.kernels.ragged import Ragged
 from hexswarm.peer.kv import KvPool
 from hexswarm.peer.models.architecture import Architecture
@@ -56,14 +60,15 @@ class Shard:
         dtype: str | torch.dtype = "float32",
         device: str | torch.device = "cpu",
         *,
-        backend: str = "torch",
+        backend: str = "auto",
     ) -> None:
         if total_layers != architecture.layers or span.end > total_layers:
             raise UsageError(f"span {span} of {total_layers} layers in {architecture.layers}")
         self.architecture, self.span, self.total_layers = architecture, span, total_layers
         self.dtype, self.device = torch_dtype(dtype), torch.device(device)
         self.dtype_name = str(self.dtype).removeprefix("torch.")
-        self.operations = operations(backend)
+        self.backend = choose(self.device, self.dtype) if backend == "auto" else backend
+        self.operations = operations(self.backend)
         frequencies, self._rope_scaling = architecture.rope.frequencies(architecture.head_dim)
         self._frequencies = frequencies.to(self.device)
         try:
@@ -72,6 +77,9 @@ class Shard:
             raise OutOfMemory(
                 f"layers {span} do not fit {self.device}", remedy="choose a shorter span"
             ) from error
+        self._native: NativeLayers | None = None
+        if self.backend == "native":
+            self._native = NativeLayers(self.layers, torch.get_num_threads())
 
     def _load(self, source: Source) -> None:
         a, span = self.architecture, self.span
@@ -130,6 +138,12 @@ class Shard:
             raise UsageError(f"span {span} is not inside {self.span}")
         offset = self.span.first
         layers = self.layers[span.first - offset : span.end - offset]
+        if self._native is not None and batch.tokens <= ROWS:
+            rope = self.operations.rope_tables(
+                batch.positions, self._frequencies, self._rope_scaling, self.dtype
+            )
+            caches = [pool.layer(i) for i in range(span.first - offset, span.end - offset)]
+            return self._native.decode(x, batch, rope, caches, span.first - offset)
         run = start_pass(
             batch,
             {layer.window for layer in layers},
@@ -146,6 +160,8 @@ class Shard:
         """Final norm and LM head of the rows to sample: float32 logits `[rows, vocabulary]`."""
         if self._norm is None or self._lm_head is None:
             raise UsageError(f"span {self.span} does not hold the LM head")
+        if self._native is not None and len(x) <= ROWS:
+            return self._native.head(x, self._norm, self._lm_head, self.architecture.norm_eps)
         y = self.operations.rms_norm(x, self._norm, self.architecture.norm_eps)
         return torch.mm(y, self._lm_head).float()
 

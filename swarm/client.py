@@ -30,6 +30,7 @@ from hexswarm.clock import RealClock
 from hexswarm.config import DEFAULT_MODEL, ClientConfig
 from hexswarm.errors import (
     ContextTooLong,
+    HexswarmError,
     NetworkError,
     NoRoute,
     PeerLost,
@@ -162,8 +163,12 @@ class AsyncClient:
             )
             self._tokenizer = await asyncio.to_thread(load_tokenizer, folder)
             await self._join()
-            self._member.follow(folder.spec.digest)
-            await self._member.refresh(folder.spec.digest)
+            try:
+                self._member.follow(folder.spec.digest)
+                await self._member.refresh(folder.spec.digest)
+            except BaseException:
+                await self._member.close()
+                raise
             self._folder = folder
 
     async def _join(self) -> None:
@@ -205,8 +210,9 @@ class AsyncClient:
     ) -> AsyncGenerator[str | Completion, None]:
         conversation = Conversation(self)
         try:
-            async for piece in conversation._answer(prompt, options):
-                yield piece
+            async with contextlib.aclosing(conversation._answer(prompt, options)) as pieces:
+                async for piece in pieces:
+                    yield piece
         finally:
             await conversation.close()
 
@@ -368,6 +374,7 @@ class AsyncClient:
             async with asyncio.timeout(STALL_S):
                 return await session.wait()
         except TimeoutError:
+            session.close()
             raise NetworkError(f"no token for {STALL_S:.0f} s", remedy="try again") from None
         except PeerLost as error:
             self._forget_lost(error)
@@ -510,8 +517,9 @@ class Conversation:
             session = None
         if session is not None:
             try:
-                await session.extend(len(ids) + new_tokens)
-            except (Refused, PeerLost, SessionClosed):
+                async with asyncio.timeout(self._client.config.connect_s):
+                    await session.extend(len(ids) + new_tokens)
+            except (HexswarmError, TimeoutError):  # a new session may do better
                 await self.close()
                 session = None
         if session is None:

@@ -68,7 +68,7 @@ class Process:
         reason = (self.log_text.strip().splitlines() or ["no word of it"])[-1]
         raise ProcessFailed(f"{self.name} did not start: {reason}")
 
-    def signal(self, number: int) -> None:
+    def send(self, number: int) -> None:
         """Send a signal to the process if it still runs."""
         if self.process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
@@ -76,7 +76,7 @@ class Process:
 
     def end(self, number: int = signal.SIGTERM, timeout_s: float = END_S) -> int:
         """Send a signal and wait; killed if it does not obey. The exit status."""
-        self.signal(number)
+        self.send(number)
         return self.wait(timeout_s)
 
     def wait(self, timeout_s: float = END_S) -> int:
@@ -169,7 +169,7 @@ class LocalSwarm:
     def stop(self) -> list[int]:
         """End all processes, peers first, all at once; their exit statuses."""
         for process in self.processes:
-            process.signal(signal.SIGTERM)  # once: a second one would not let it drain
+            process.send(signal.SIGTERM)  # once: a second one would not let it drain
         statuses = [process.wait() for process in self.processes]
         if self._folder is not None:
             self._folder.cleanup()

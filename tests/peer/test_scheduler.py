@@ -162,20 +162,50 @@ def test_the_head_cuts_a_fresh_prompt_so_that_stages_overlap() -> None:
         return counts
 
     assert pieces(Scheduler(policy), prompt(A, 20)) == [20]
-    assert pieces(Scheduler(policy), prompt(A, 100)) == [32, 32, 36]
-    assert pieces(Scheduler(policy), prompt(A, 512)) == [64] * 8
+    assert pieces(Scheduler(policy), prompt(A, 100)) == [64, 36]
+    assert pieces(Scheduler(policy), prompt(A, 512)) == [96] * 4 + [128]
     assert pieces(Scheduler(policy), prompt(A, 2048)) == [128] * 16
     assert pieces(Scheduler(policy), prompt(A, 100, 50)) == [100], "a later turn or replay"
     assert pieces(Scheduler(Policy(chunk_tokens=128)), prompt(A, 100)) == [100], "not the head"
 
 
-def test_chunks_follow_the_size_of_activations() -> None:
+@given(
+    tokens=st.integers(1, 4000),
+    efficient=st.integers(16, 1000),
+    stages=st.integers(2, 12),
+)
+def test_the_cut_is_near_the_best_there_is(tokens: int, efficient: int, stages: int) -> None:
+    """The predicted pipeline time is within a quarter of that of the best number of pieces."""
+
+    def pipeline(piece: int) -> float:
+        pieces = -(-tokens // piece)
+        return (stages + pieces - 1) * (efficient + tokens / pieces)
+
+    policy = Policy(head=True, chunk_tokens=4096, efficient_tokens=efficient, stages=stages)
+    scheduler = Scheduler(policy)
+    scheduler.submit(prompt(A, tokens), 0.0)
+    batch = scheduler.pick(0.0)
+    assert isinstance(batch, Batch)
+    best = min(pipeline(max(16, -(-tokens // pieces))) for pieces in range(1, 9))
+    assert pipeline(max(16, batch.tokens)) <= 1.25 * best
+
+
+def test_a_prompt_stays_whole_where_pieces_cost_as_much() -> None:
+    policy = Policy.of(576 * 4, head=True, efficient_tokens=300)
+    scheduler = Scheduler(policy)
+    scheduler.submit(prompt(A, 43), 0.0)
+    batch = scheduler.pick(0.0)
+    assert isinstance(batch, Batch)
+    assert batch.tokens == 43
+
+
+def test_chunks_follow_the_size_of_activations_and_the_device() -> None:
     assert chunk_range(576 * 4) == (16, 112)
     assert chunk_range(4096 * 2) == (16, 32)
     assert chunk_range(8192 * 2) == (16, 16)
-    assert chunk_range(8192 * 2, 256) == (256, 256)
+    assert chunk_range(8192 * 2, 64) == (16, 64)
+    assert chunk_range(8192 * 2, 256) == (16, 128), "never more than 2 MiB"
     assert Policy.of(576 * 4, head=True).chunk_tokens == 112
-    assert Policy.of(8192 * 2, head=False, accelerator=True).chunk_floor == 256
 
 
 def test_a_policy_is_checked() -> None:

@@ -1,0 +1,243 @@
+"""The layers of a stage for a few tokens, in C: what a CPU does instead of PyTorch at decode.
+
+A decode step reads every weight once, so memory sets its floor: SmolLM2-135M in float32 is 538 MB,
+37 ms at the 14.5 GB/s of one core of our Xeon. PyTorch took 46: some twenty small operations a layer
+that run cold, since 14 MB of weights pass through the caches between two of a kind, and matrix
+products that lose speed with two rows or more.
+
+Here one call runs all layers. Weights stay as they are, `[in, out]`, one copy for this and for
+PyTorch's prefill. Four of their rows stream by at a time and are added to sums that stay in the
+first-level cache, a tile of 1024 columns; a weight is loaded once for up to eight tokens. Every
+result is the same sum in the same order whatever the batch, the tiling and the threads, hence a
+row does not depend on its neighbours, bit for bit. Queries are tokens, not sessions: any batch of
+up to `ROWS` tokens will do, be they decode steps or the end of a prompt.
+
+Rejected: weights in `[out, in]` (dot products; the prefill wants the other order, and two copies do
+not fit), sums in registers over all of k (a row of weights is read in pieces of 256 bytes, which no
+prefetcher follows), huge pages (no gain measured), OpenMP (a second runtime in PyTorch's process),
+`target_clones` (generic vectors are lowered before it clones). Half precision stays with PyTorch.
+
+The library is an optional part of the installation: without a C compiler `available()` is False.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from array import array
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hexswarm.kernels.ragged import Ragged
+
+ROWS = 16
+"""Most tokens of a batch."""
+
+
+class Weights(Protocol):
+    """A decoder layer; see `hexswarm.peer.models.layers.DecoderLayer`."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+    window: int | None
+    input_norm: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    qk_norm: Tensor | None
+    o: Tensor
+    o_bias: Tensor | None
+    post_norm: Tensor
+    gate_up: Tensor
+    gate_up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = (
+        ("hidden", ctypes.c_int64),
+        ("intermediate", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("kv_heads", ctypes.c_int64),
+        ("head_dim", ctypes.c_int64),
+        ("eps", ctypes.c_float),
+    )
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("input_norm", ctypes.c_void_p),
+        ("qkv", ctypes.c_void_p),
+        ("qkv_bias", ctypes.c_void_p),
+        ("qk_norm", ctypes.c_void_p),
+        ("o", ctypes.c_void_p),
+        ("o_bias", ctypes.c_void_p),
+        ("post_norm", ctypes.c_void_p),
+        ("gate_up", ctypes.c_void_p),
+        ("gate_up_bias", ctypes.c_void_p),
+        ("down", ctypes.c_void_p),
+        ("down_bias", ctypes.c_void_p),
+        ("cache", ctypes.c_void_p),
+        ("window", ctypes.c_int64),
+    )
+
+
+_TENSORS = tuple(name for name, _ in _Layer._fields_[:-2])
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        ("block_size", ctypes.c_int64),
+        ("cos", ctypes.c_void_p),
+        ("sin", ctypes.c_void_p),
+        ("positions", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("tables", ctypes.c_void_p),
+        ("blocks", ctypes.c_void_p),
+    )
+
+
+class _Pass(ctypes.Structure):
+    _fields_ = (
+        ("shape", ctypes.POINTER(_Shape)),
+        ("layers", ctypes.POINTER(_Layer)),
+        ("count", ctypes.c_int64),
+        ("batch", ctypes.POINTER(_Batch)),
+        ("x", ctypes.c_void_p),
+        ("scratch", ctypes.c_void_p),
+    )
+
+
+class _Head(ctypes.Structure):
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        ("hidden", ctypes.c_int64),
+        ("vocabulary", ctypes.c_int64),
+        ("x", ctypes.c_void_p),
+        ("norm", ctypes.c_void_p),
+        ("weight", ctypes.c_void_p),
+        ("logits", ctypes.c_void_p),
+        ("scratch", ctypes.c_void_p),
+        ("eps", ctypes.c_float),
+    )
+
+
+@cache
+def _library() -> Any:
+    """The compiled library, or None. It is found, not imported: it has nothing for Python."""
+    found = find_spec("hexswarm.kernels._native")
+    if found is None or found.origin is None:
+        return None
+    library = ctypes.CDLL(found.origin)
+    library.hexswarm_instructions.restype = ctypes.c_char_p
+    library.hexswarm_scratch.argtypes = (ctypes.POINTER(_Shape), ctypes.c_int64, ctypes.c_int64)
+    library.hexswarm_scratch.restype = ctypes.c_int64
+    library.hexswarm_start.argtypes = (ctypes.c_int64,)
+    library.hexswarm_start.restype = ctypes.c_void_p
+    library.hexswarm_stop.argtypes = (ctypes.c_void_p,)
+    library.hexswarm_stop.restype = None
+    for function in (library.hexswarm_decode, library.hexswarm_head):
+        function.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
+        function.restype = None
+    return library
+
+
+def available() -> bool:
+    """Whether the library was compiled when the package was installed."""
+    return _library() is not None
+
+
+def instructions() -> str:
+    """Which of its instruction sets the library uses here."""
+    return str(_library().hexswarm_instructions().decode())
+
+
+class NativeLayers:
+    """The layers of a shard, all float32 on the CPU, and its own threads.
+
+    One batch at a time, as a shard has one owner; the GIL is free meanwhile.
+    """
+
+    def __init__(self, layers: Sequence[Weights], threads: int) -> None:
+        first = layers[0]
+        self._library, self._weights = _library(), tuple(layers)
+        self._hidden = first.input_norm.shape[0]
+        self._shape = _Shape(
+            *(self._hidden, first.down.shape[0]),
+            *(first.heads, first.kv_heads, first.head_dim, first.eps),
+        )
+        self._layers = (_Layer * len(layers))()
+        for record, layer in zip(self._layers, layers, strict=True):
+            for name in _TENSORS:
+                setattr(record, name, _address(getattr(layer, name), torch.float32))
+            record.window = layer.window or 0
+        team = self._library.hexswarm_start(threads)
+        if team is None:
+            raise MemoryError
+        self._team = ctypes.c_void_p(team)
+        weakref.finalize(self, self._library.hexswarm_stop, self._team)
+        size = self._library.hexswarm_scratch(self._shape, ROWS, threads)
+        self._scratch = torch.empty(size)
+
+    def decode(
+        self,
+        x: Tensor,
+        batch: Ragged,
+        rope: tuple[Tensor, Tensor],
+        caches: Sequence[Tensor],
+        first: int,
+    ) -> Tensor:
+        """Run layers [first, first + len(caches)) on `x` `[tokens, hidden]`, in place.
+
+        `rope` is that of `hexswarm.kernels.reference.rope_tables`. Tokens of one session may be
+        several: all keys and values are appended before attention reads any.
+        """
+        rows = batch.tokens
+        assert rows <= ROWS and x.shape == (rows, self._hidden)
+        tables, blocks = array("q"), array("q")
+        for extent in batch.extents:
+            tables.extend([len(blocks)] * extent.count)
+            blocks.extend(extent.blocks)
+        records = (_Layer * len(caches)).from_buffer(self._layers, first * ctypes.sizeof(_Layer))
+        for record, store in zip(records, caches, strict=True):
+            record.cache = _address(store, torch.float32)
+        described = _Batch(
+            *(rows, batch.extents[0].block_size),
+            *(_address(table, torch.float32) for table in rope),
+            *(_address(index, torch.int64) for index in (batch.positions, batch.slots)),
+            *(numbers.buffer_info()[0] for numbers in (tables, blocks)),
+        )
+        job = _Pass(
+            *(ctypes.pointer(self._shape), records, len(caches), ctypes.pointer(described)),
+            *(_address(x, torch.float32), self._scratch.data_ptr()),
+        )
+        self._library.hexswarm_decode(self._team, ctypes.byref(job))
+        return x
+
+    def head(self, x: Tensor, norm: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Final norm and LM head of `[rows, hidden]`: logits `[rows, vocabulary]`."""
+        rows, (hidden, vocabulary) = x.shape[0], weight.shape
+        assert rows <= ROWS and x.shape[1] == hidden == self._hidden
+        logits = torch.empty(rows, vocabulary)
+        job = _Head(
+            *(rows, hidden, vocabulary),
+            *(_address(t, torch.float32) for t in (x, norm, weight, logits)),
+            *(self._scratch.data_ptr(), eps),
+        )
+        self._library.hexswarm_head(self._team, ctypes.byref(job))
+        return logits
+
+
+def _address(tensor: Tensor | None, dtype: torch.dtype) -> int | None:
+    if tensor is None:
+        return None
+    assert tensor.dtype == dtype and tensor.device.type == "cpu" and tensor.is_contiguous()
+    return tensor.data_ptr()

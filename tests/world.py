@@ -1,0 +1,174 @@
+"""A small swarm in one process on virtual time: real links, runtimes, servers and stage tables.
+
+What is not real: the network (`transports/memory.py`), the device (`Device`: a host of the loopback
+double whose pieces take `step_s` each), and the clock. Run it with `tests.virtual.run`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from hexswarm.links import Links
+from hexswarm.peer.server import PeerServer
+from hexswarm.peer.steps import SessionKey, Step
+from hexswarm.records import PeerId, Route, Sampling, Span, Stage
+from hexswarm.runtime import OpenSession, SessionRuntime
+from hexswarm.session import Emit, Turn
+from hexswarm.transports.memory import MemoryNetwork
+from tests import virtual
+from tests.loopback import CLIENT, MODEL, Host
+
+SILENCE_S = 4.0
+
+
+class Device:
+    """The part of the engine that a server uses, in the event loop instead of a thread."""
+
+    def __init__(self, host: Host, step_s: float) -> None:
+        self.host, self.step_s = host, step_s
+        self.server: PeerServer
+        self._timer: asyncio.TimerHandle | None = None
+
+    def submit(self, steps: Iterable[Step]) -> None:
+        for step in steps:
+            self.host.submit(step)
+        if self.host.refused:
+            asyncio.get_running_loop().call_soon(self._refuse)
+        self._go_on()
+
+    def cancel(self, session: SessionKey) -> None:
+        self.host.drop(session)
+
+    def _refuse(self) -> None:
+        results = list(self.host.refused)
+        self.host.refused.clear()
+        self.server.deliver(results)
+
+    def _go_on(self) -> None:
+        if self.host.running is None and self.host.steps:
+            self.host.take()
+            self._timer = asyncio.get_running_loop().call_later(self.step_s, self._finish)
+
+    def _finish(self) -> None:
+        self.server.carry_out(self.host.finish())
+        self._go_on()
+
+
+class Peer:
+    """A peer that serves."""
+
+    def __init__(
+        self, network: MemoryNetwork, name: str, span: Span, layers: int, step_s: float
+    ) -> None:
+        self.peer = PeerId(name)
+        self.host = Host(self.peer, span, layers, blocks=64)
+        self.device = Device(self.host, step_s)
+        self.transport = network.transport(self.peer)
+        clock = virtual.LoopClock()
+        self.links = Links(
+            self.transport,
+            clock,
+            lambda peer, frames: self.server.on_frames(peer, frames),
+            lambda peer, how: self.server.on_lost(peer, how),
+            silence_s=SILENCE_S,
+        )
+        device: Any = self.device
+        self.server = self.device.server = PeerServer(self.host.table, device, self.links, clock)
+
+    @property
+    def clean(self) -> bool:
+        """Nobody has anything of this peer, nor it of others."""
+        return (
+            len(self.host.table) == self.host.kv_in_use == len(self.host.steps) == 0
+            and not self.links._watched
+        )
+
+    async def close(self) -> None:
+        await self.links.close()
+        await self.transport.close()
+
+
+class World:
+    """Peers p0, p1, ... and a client with its runtime."""
+
+    def __init__(
+        self, *spans: tuple[int, int], delay_s: float = 0.01, step_s: float = 0.001
+    ) -> None:
+        self.network = MemoryNetwork(delay_s)
+        self.layers = max(end for _, end in spans)
+        self.peers = [
+            Peer(self.network, f"p{i}", Span(*span), self.layers, step_s)
+            for i, span in enumerate(spans)
+        ]
+        self.transport = self.network.transport(CLIENT)
+        self.runtime = SessionRuntime()
+        self.runtime.links = self.links = Links(
+            self.transport,
+            virtual.LoopClock(),
+            self.runtime.on_frames,
+            self.runtime.on_lost,
+            silence_s=SILENCE_S,
+        )
+
+    @property
+    def route(self) -> Route:
+        stages = tuple(Stage(peer.peer, peer.host.model.span, ("/x",)) for peer in self.peers)
+        return Route(stages, 0.0, 0.0)
+
+    def open(self, kv_tokens: int = 64, **options: Any) -> OpenSession:
+        return self.runtime.open(self.route, MODEL, kv_tokens, **options)
+
+    async def opened(self, kv_tokens: int = 64) -> OpenSession:
+        session = self.open(kv_tokens)
+        await session.ready()
+        return session
+
+    @property
+    def clean(self) -> bool:
+        """No session, no lease, nobody watched, on any side."""
+        return (
+            len(self.runtime) == 0
+            and not self.links._watched
+            and all(peer.clean for peer in self.peers)
+        )
+
+    async def settle(self, seconds: float = 1.0) -> None:
+        """Let what is under way arrive."""
+        await asyncio.sleep(seconds)
+
+
+@asynccontextmanager
+async def world(*spans: tuple[int, int], **options: float) -> AsyncIterator[World]:
+    """A running world; at its end no task may be left."""
+    made = World(*spans, **options)
+    for peer in made.peers:
+        await peer.links.start(listen=True)
+    await made.links.start(listen=False)
+    try:
+        yield made
+    finally:
+        await made.links.close()
+        await made.transport.close()
+        for peer in made.peers:
+            await peer.close()
+        await asyncio.sleep(0)
+        assert virtual.others() == set()
+
+
+def turn(ids: Sequence[int], max_new: int, position: int = 0) -> Turn:
+    return Turn(position, tuple(ids[position:]), max_new, Sampling(), (), tuple(ids))
+
+
+async def listen(session: OpenSession) -> list[int]:
+    """The tokens of the running turn, to its end."""
+    tokens: list[int] = []
+    while True:
+        event = await session.wait()
+        assert isinstance(event, Emit)
+        assert event.token is not None
+        tokens.append(event.token)
+        if event.finish:
+            return tokens
