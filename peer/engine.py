@@ -129,9 +129,15 @@ class Engine:
             return self._cache.release(session, self._clock.monotonic())
 
     def cancel(self, session: SessionKey) -> None:
-        """Forget the steps of a session that wait; its lease and what was computed stay."""
+        """Forget the steps of a session that wait; its lease and what was computed stay.
+
+        The cached length is taken back to what was computed, or is being computed: a later step
+        above it would attend to what an earlier session left in those blocks.
+        """
         with self._wake:
-            self._scheduler.drop(session)
+            position = self._scheduler.drop(session)
+            if position is not None:
+                self._cache.rewind(session, position)
 
     def expire(self) -> list[SessionKey]:
         """Close the sessions that no step renewed for the time of a lease, and name them."""

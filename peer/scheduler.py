@@ -198,11 +198,12 @@ class Scheduler:
                 self.gather.departed(row.session, now)
             self._flying.discard(row.session)
 
-    def drop(self, session: SessionKey) -> None:
-        """The session is closed: what it still has waiting vanishes."""
-        self._waiting.pop(session, None)
+    def drop(self, session: SessionKey) -> int | None:
+        """What the session has waiting vanishes; the position of its first token, if any waited."""
+        waiting = self._waiting.pop(session, ())
         self._flying.discard(session)
         self.gather.forget(session)
+        return min((p.step.position + p.done for p in waiting), default=None)
 
     def pending_tokens(self, session: SessionKey) -> int:
         """Tokens of the session that wait."""

@@ -396,8 +396,10 @@ class StageTable:
         if session is None or message.epoch != session.epoch:
             return []
         session.cancelled = max(session.cancelled, message.turn)
+        if message.turn < session.turn:
+            return []  # late: the next turn's input was faster, and stays
         session.held.clear()
-        return [Drop(session.key)] if message.turn >= session.turn else []
+        return [Drop(session.key)]
 
     # --- results ------------------------------------------------------------------------------
 

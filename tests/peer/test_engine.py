@@ -297,6 +297,36 @@ def test_a_closed_session_vanishes_from_the_queue() -> None:
     asyncio.run(main())
 
 
+def test_a_cancelled_step_does_not_count_as_cached() -> None:
+    """Otherwise a later step could attend to what an earlier session left in the blocks."""
+
+    async def main() -> None:
+        async with bench() as b:
+            entered, release = threading.Event(), threading.Event()
+
+            def block(batch: Batch) -> None:
+                entered.set()
+                release.wait(5)
+
+            b.runner.before = block
+            b.engine.open(A, 64)
+            b.engine.open(B, 16)
+            b.engine.submit([prompt(B, [1])])
+            await asyncio.to_thread(entered.wait, 5)
+            b.engine.submit([prompt(A, [1, 2, 3])])
+            b.engine.cancel(A)
+            release.set()
+            assert [r.row.session for r in await b.results()] == [B]
+            b.engine.submit([decode(A, 3, 4)])
+            (refused,) = await b.results()
+            assert refused.error is not None
+            assert "gap" in refused.error
+            b.engine.submit([prompt(A, [5])])
+            assert [r.token for r in await b.results()] == [5]
+
+    asyncio.run(main())
+
+
 def test_idle_sessions_expire() -> None:
     async def main() -> None:
         async with bench() as b:
