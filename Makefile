@@ -13,7 +13,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 EDITABLE := --no-build-isolation --config-settings editable_mode=strict -e
 PACKAGES := swarm swarm/transports peer peer/models router kernels bootstrap
-FILES := $(sort $(wildcard $(addsuffix /*.py,$(PACKAGES)) $(addsuffix /py.typed,$(PACKAGES))))
+NATIVE := setup.py kernels/native.c kernels/native_layers.h
+FILES := $(sort $(NATIVE) $(wildcard $(addsuffix /*.py,$(PACKAGES)) $(addsuffix /py.typed,$(PACKAGES))))
 
 # As typed, without make's view of "$": the prompt reaches the demo through its environment.
 override PROMPT := $(value PROMPT)
@@ -52,16 +53,16 @@ bench: env
 	$(BIN)/python benchmarks/loopback.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find swarm peer router kernels bootstrap tests benchmarks -name __pycache__ -prune \
 	    -exec rm -rf {} +
 
 # The editable install is a tree of links to the files that exist at that moment, so it is made
-# again when the *list* of files changes, and not when a file does.
+# again when the *list* of files changes, and not when a file does, except for what is compiled.
 $(VENV)/files: force | $(VENV)/dependencies
 	@echo '$(FILES)' | cmp -s - $@ || echo '$(FILES)' > $@
 
-$(VENV)/installed: $(VENV)/files $(VENV)/dependencies pyproject.toml
+$(VENV)/installed: $(VENV)/files $(VENV)/dependencies pyproject.toml $(NATIVE)
 	$(PIP) install --quiet --no-deps $(EDITABLE) .
 	@touch $@
 

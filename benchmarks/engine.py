@@ -1,6 +1,6 @@
 """Speed of the engine's numerics beside plain transformers, in one process on one CPU thread.
 
-    python benchmarks/engine.py [--model FOLDER] [--repeats 3] [--threads 1]
+    python benchmarks/engine.py [--model FOLDER] [--repeats 3] [--threads 1] [--backend auto]
 
 The whole model is one shard, driven by the runner exactly as a peer drives it (rows in, tokens
 out), without scheduler or network. Decode: 64 greedy tokens after a prompt of 40, at batch 1, 2, 4
@@ -51,12 +51,12 @@ class Timing:
 class Ours:
     """The whole model in one shard."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, backend: str = "auto") -> None:
         config = architecture(json.loads((folder / "config.json").read_text()))
         tensors: dict[str, torch.Tensor] = {}
         for path in sorted(folder.glob("*.safetensors")):
             tensors.update(load_file(path))
-        shard = Shard(config, Span(0, config.layers), config.layers, tensors)
+        shard = Shard(config, Span(0, config.layers), config.layers, tensors, backend=backend)
         self.runner = Runner(shard, shard.make_pool(blocks=256))
         self.policy = TailPolicy(Sampling())
 
@@ -150,14 +150,19 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=FOLDER)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--backend", choices=["auto", "torch", "native"], default="auto")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 2, 4, 8])
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     ids = AutoTokenizer.from_pretrained(given.model)(TEXT * 8)["input_ids"]
-    ours, theirs = Ours(given.model), Theirs(given.model)
+    ours, theirs = Ours(given.model, given.backend), Theirs(given.model)
     ours.prefill([ids[:8]])
     theirs.prefill([ids[:8]])
-    report: dict[str, Any] = {"torch": torch.__version__, "threads": given.threads}
+    report: dict[str, Any] = {
+        "torch": torch.__version__,
+        "threads": given.threads,
+        "backend": ours.runner.shard.backend,
+    }
 
     for length in (PROMPT, 256):
         prompts = [ids[:length]]

@@ -40,6 +40,10 @@ class Seed:
         addresses = await self._member.transport.addresses()
         return tuple(f"{address}/p2p/{self.peer}" for address in addresses)
 
+    async def died(self) -> None:
+        """Wait for an end that nobody asked for. Raises NetworkError then."""
+        await self._member.transport.died()
+
     async def close(self) -> None:
         await self._member.close()
 
@@ -62,6 +66,9 @@ async def run_bootstrap(
     stop_with(stop.set)
     try:
         on_ready(await seed.start())
-        await stop.wait()
+        async with asyncio.TaskGroup() as tasks:
+            watching = tasks.create_task(seed.died())
+            await stop.wait()
+            watching.cancel()
     finally:
         await seed.close()

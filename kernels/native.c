@@ -24,6 +24,7 @@
 #define STRIDE (TILE + 16) /* not a power of two, so that rows do not fight for cache sets */
 #define ROWS 16 /* most rows of a batch */
 #define CHUNK 64  /* keys between two corrections of the softmax */
+#define HEADS 8   /* query heads that share a reading of the keys */
 #define SPINS 1000
 
 /* The records that native.py mirrors. */
@@ -64,6 +65,9 @@ struct head { /* logits = norm(x) @ weight */
 
 /* Threads: everyone runs `run` on `job` and meets the others before and after. */
 
+struct team;
+typedef void program(struct team *, int thread, const void *job);
+
 struct member {
     struct team *team;
     int index;
@@ -76,7 +80,8 @@ struct team {
     atomic_uint round;
     pthread_mutex_t lock;
     pthread_cond_t next;
-    void (*run)(struct team *, int thread, const void *job);
+    const struct variant *variant;
+    program *run;
     const void *job;
     struct member members[]; /* the first is the caller, who has no thread here */
 };
@@ -172,35 +177,45 @@ static struct range columns(int64_t n, int thread, int threads) {
 
 #endif
 
-struct variant {
+static const struct variant {
     const char *name;
-    void (*decode)(struct team *, int, const void *), (*head)(struct team *, int, const void *);
+    program *decode, *head;
+} variants[] = {
+#ifdef __x86_64__
+    {"avx512", decode_avx512, head_avx512},
+    {"avx2", decode_avx2, head_avx2},
+#endif
+    {"plain", decode_plain, head_plain},
 };
 
-static struct variant best(void) {
+/* The first of the variants that runs here; so do all after it. */
+static const struct variant *best(void) {
+    int first = 0;
 #ifdef __x86_64__
     __builtin_cpu_init();
     const int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
-        return (struct variant){"avx512", decode_avx512, head_avx512};
-    if (avx2) return (struct variant){"avx2", decode_avx2, head_avx2};
+    const int avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    first = avx512 ? 0 : avx2 ? 1 : 2;
 #endif
-    return (struct variant){"plain", decode_plain, head_plain};
+    return variants + first;
 }
 
 /* What native.py calls. */
 
-static void run(struct team *team, void (*program)(struct team *, int, const void *),
-                const void *job) {
-    team->run = program;
+static void run(struct team *team, program *run, const void *job) {
+    team->run = run;
     team->job = job;
     wait_for_all(team);
-    program(team, 0, job);
+    run(team, 0, job);
     wait_for_all(team);
 }
 
-const char *hexswarm_instructions(void) { return best().name; }
+/* Name of the index-th best instruction set that runs here, or NULL. */
+const char *hexswarm_instructions(int64_t index) {
+    const struct variant *end = variants + sizeof variants / sizeof *variants;
+    return index < end - best() ? best()[index].name : NULL;
+}
 
 /* Floats of scratch that a pass of `rows` rows needs. */
 int64_t hexswarm_scratch(const struct shape *s, int64_t rows, int64_t threads) {
@@ -208,9 +223,13 @@ int64_t hexswarm_scratch(const struct shape *s, int64_t rows, int64_t threads) {
     return rows * (heads * s->head_dim + 2 * s->intermediate + threads * s->hidden);
 }
 
-void hexswarm_decode(struct team *team, const struct pass *pass) { run(team, best().decode, pass); }
+void hexswarm_decode(struct team *team, const struct pass *pass) {
+    run(team, team->variant->decode, pass);
+}
 
-void hexswarm_head(struct team *team, const struct head *head) { run(team, best().head, head); }
+void hexswarm_head(struct team *team, const struct head *head) {
+    run(team, team->variant->head, head);
+}
 
 static void *work(void *argument) {
     const struct member *member = argument;
@@ -225,10 +244,12 @@ static void *work(void *argument) {
     }
 }
 
-/* A team of the caller and `threads` - 1 others, fewer if the system gives no more; or NULL. */
-struct team *hexswarm_start(int64_t threads) {
+/* A team of the caller and `threads` - 1 others, fewer if the system gives no more; or NULL.
+ * `instructions` counts from the best set on, see above. */
+struct team *hexswarm_start(int64_t threads, int64_t instructions) {
     struct team *team = calloc(1, sizeof *team + (size_t)threads * sizeof *team->members);
     if (!team) return NULL;
+    team->variant = best() + instructions;
     pthread_mutex_init(&team->lock, NULL);
     pthread_cond_init(&team->next, NULL);
     pthread_mutex_lock(&team->lock);
@@ -249,5 +270,3 @@ void hexswarm_stop(struct team *team) {
     pthread_mutex_destroy(&team->lock);
     free(team);
 }
-
-int64_t hexswarm_threads(const struct team *team) { return team->threads; }

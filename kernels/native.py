@@ -1,9 +1,14 @@
 """The layers of a stage for a few tokens, in C: what a CPU does instead of PyTorch at decode.
 
 A decode step reads every weight once, so memory sets its floor: SmolLM2-135M in float32 is 538 MB,
-37 ms at the 14.5 GB/s of one core of our Xeon. PyTorch took 46: some twenty small operations a layer
-that run cold, since 14 MB of weights pass through the caches between two of a kind, and matrix
-products that lose speed with two rows or more.
+37 ms at the 14.5 GB/s of one core of our Xeon (AVX-512, virtual, shared). PyTorch took 45 there:
+some twenty small operations a layer that run cold, since 14 MB of weights pass through the caches
+between two of a kind, and matrix products that lose speed with two rows or more. Milliseconds a
+step by the processor's clock, one thread, medians of 5 interleaved runs of `benchmarks/engine.py`:
+
+    rows       1     2     4     8    16
+    native  39.3  40.6  44.9  52.4  79.6
+    torch   45.1  55.7  66.8  92.9 115.4
 
 Here one call runs all layers. Weights stay as they are, `[in, out]`, one copy for this and for
 PyTorch's prefill. Four of their rows stream by at a time and are added to sums that stay in the
@@ -11,6 +16,8 @@ first-level cache, a tile of 1024 columns; a weight is loaded once for up to eig
 result is the same sum in the same order whatever the batch, the tiling and the threads, hence a
 row does not depend on its neighbours, bit for bit. Queries are tokens, not sessions: any batch of
 up to `ROWS` tokens will do, be they decode steps or the end of a prompt.
+
+Threads are a team of the shard's own, as many as PyTorch has, over columns, heads and sessions.
 
 Rejected: weights in `[out, in]` (dot products; the prefill wants the other order, and two copies do
 not fit), sums in registers over all of k (a row of weights is read in pieces of 256 bytes, which no
@@ -28,7 +35,8 @@ from array import array
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, Protocol
+from itertools import count, takewhile
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,27 +45,6 @@ from hexswarm.kernels.ragged import Ragged
 
 ROWS = 16
 """Most tokens of a batch."""
-
-
-class Weights(Protocol):
-    """A decoder layer; see `hexswarm.peer.models.layers.DecoderLayer`."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    eps: float
-    window: int | None
-    input_norm: Tensor
-    qkv: Tensor
-    qkv_bias: Tensor | None
-    qk_norm: Tensor | None
-    o: Tensor
-    o_bias: Tensor | None
-    post_norm: Tensor
-    gate_up: Tensor
-    gate_up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
 
 
 class _Shape(ctypes.Structure):
@@ -137,10 +124,11 @@ def _library() -> Any:
     if found is None or found.origin is None:
         return None
     library = ctypes.CDLL(found.origin)
+    library.hexswarm_instructions.argtypes = (ctypes.c_int64,)
     library.hexswarm_instructions.restype = ctypes.c_char_p
     library.hexswarm_scratch.argtypes = (ctypes.POINTER(_Shape), ctypes.c_int64, ctypes.c_int64)
     library.hexswarm_scratch.restype = ctypes.c_int64
-    library.hexswarm_start.argtypes = (ctypes.c_int64,)
+    library.hexswarm_start.argtypes = (ctypes.c_int64, ctypes.c_int64)
     library.hexswarm_start.restype = ctypes.c_void_p
     library.hexswarm_stop.argtypes = (ctypes.c_void_p,)
     library.hexswarm_stop.restype = None
@@ -155,18 +143,26 @@ def available() -> bool:
     return _library() is not None
 
 
-def instructions() -> str:
-    """Which of its instruction sets the library uses here."""
-    return str(_library().hexswarm_instructions().decode())
+def instructions() -> tuple[str, ...]:
+    """The instruction sets that the library can use here, best first."""
+    if not available():
+        return ()
+    names = map(_library().hexswarm_instructions, count())
+    return tuple(name.decode() for name in takewhile(bool, names))
 
 
 class NativeLayers:
-    """The layers of a shard, all float32 on the CPU, and its own threads.
+    """The layers of a shard (`DecoderLayer`s), all float32 on the CPU, and its own threads.
 
-    One batch at a time, as a shard has one owner; the GIL is free meanwhile.
+    One batch at a time, as a shard has one owner; the GIL is free meanwhile. `instruction_set`
+    is one of `instructions()`, by default the best. Needs `available()`.
     """
 
-    def __init__(self, layers: Sequence[Weights], threads: int) -> None:
+    def __init__(
+        self, layers: Sequence[Any], threads: int, instruction_set: str | None = None
+    ) -> None:
+        if not available():
+            raise RuntimeError("hexswarm was installed without its native library")
         first = layers[0]
         self._library, self._weights = _library(), tuple(layers)
         self._hidden = first.input_norm.shape[0]
@@ -179,11 +175,13 @@ class NativeLayers:
             for name in _TENSORS:
                 setattr(record, name, _address(getattr(layer, name), torch.float32))
             record.window = layer.window or 0
-        team = self._library.hexswarm_start(threads)
+        index = 0 if instruction_set is None else instructions().index(instruction_set)
+        team = self._library.hexswarm_start(threads, index)
         if team is None:
             raise MemoryError
         self._team = ctypes.c_void_p(team)
-        weakref.finalize(self, self._library.hexswarm_stop, self._team)
+        stop = weakref.finalize(self, self._library.hexswarm_stop, self._team)
+        stop.atexit = False  # the process ends its threads, and a forked one has none of them
         size = self._library.hexswarm_scratch(self._shape, ROWS, threads)
         self._scratch = torch.empty(size)
 
@@ -201,7 +199,8 @@ class NativeLayers:
         several: all keys and values are appended before attention reads any.
         """
         rows = batch.tokens
-        assert rows <= ROWS and x.shape == (rows, self._hidden)
+        assert rows <= ROWS
+        assert x.shape == (rows, self._hidden)
         tables, blocks = array("q"), array("q")
         for extent in batch.extents:
             tables.extend([len(blocks)] * extent.count)
@@ -225,7 +224,8 @@ class NativeLayers:
     def head(self, x: Tensor, norm: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Final norm and LM head of `[rows, hidden]`: logits `[rows, vocabulary]`."""
         rows, (hidden, vocabulary) = x.shape[0], weight.shape
-        assert rows <= ROWS and x.shape[1] == hidden == self._hidden
+        assert rows <= ROWS
+        assert x.shape[1] == hidden == self._hidden
         logits = torch.empty(rows, vocabulary)
         job = _Head(
             *(rows, hidden, vocabulary),
@@ -239,5 +239,7 @@ class NativeLayers:
 def _address(tensor: Tensor | None, dtype: torch.dtype) -> int | None:
     if tensor is None:
         return None
-    assert tensor.dtype == dtype and tensor.device.type == "cpu" and tensor.is_contiguous()
+    assert tensor.dtype == dtype
+    assert tensor.device.type == "cpu"
+    assert tensor.is_contiguous()
     return tensor.data_ptr()

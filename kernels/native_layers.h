@@ -9,7 +9,9 @@
 
 #define vec NAME(vec)
 #define ivec NAME(ivec)
+#define quad NAME(quad)
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 INLINE vec NAME(load)(const float *p) { return *(const vec *)p; }
@@ -17,11 +19,10 @@ INLINE void NAME(store)(float *p, vec v) { *(vec *)p = v; }
 INLINE vec NAME(all)(float value) { return (vec){0} + value; }
 
 INLINE float NAME(total)(vec v) {
-    float part[LANES];
-    NAME(store)(part, v);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) part[i] += part[i + half];
-    return part[0];
+    quad part[LANES / 4];
+    memcpy(part, &v, sizeof v);
+    for (int i = 1; i < LANES / 4; i++) part[0] += part[i];
+    return (part[0][0] + part[0][2]) + (part[0][1] + part[0][3]);
 }
 
 /* exp(x), within 2 units in the last place on [-87, 88], held at the ends outside; NaN stays NaN.
@@ -207,39 +208,45 @@ static void NAME(mix)(float *out, float keep, const float *weights, const float 
     }
 }
 
-/* Attention of the query heads that share one KV head, for one token: keys in chunks, the softmax
- * corrected as its maximum grows. Reads no slot but those of the tokens that the query sees. */
+/* Attention of up to HEADS query heads on one KV head, for one token: keys in chunks, the softmax
+ * corrected as its maximum grows. Reads no slot but those of the tokens that the query sees. Keys
+ * of one head lie too far apart for the hardware's prefetcher. */
 static void NAME(attend)(const struct shape *shape, const struct batch *batch, const float *cache,
-                         int64_t window, int row, int64_t kv_head, const float *q, float *out) {
-    const int64_t group = shape->heads / shape->kv_heads, n = shape->head_dim;
-    const int64_t length = batch->positions[row] + 1, half = shape->kv_heads * n;
+                         int64_t window, int row, int64_t kv_head, int heads, const float *q,
+                         float *out) {
+    const int64_t n = shape->head_dim, half = shape->kv_heads * n;
+    const int64_t length = batch->positions[row] + 1;
     const int64_t *blocks = batch->blocks + batch->tables[row];
     const float scale = 1.0f / __builtin_sqrtf((float)n);
-    for (int64_t head = 0; head < group; head++) {
-        float top = -__builtin_inff(), sum = 0;
-        float *mixed = out + head * n;
-        memset(mixed, 0, (size_t)n * sizeof *mixed);
-        for (int64_t t = window && length > window ? length - window : 0; t < length; t += CHUNK) {
-            const int count = (int)MIN(CHUNK, length - t);
-            const float *values[CHUNK];
-            float scores[CHUNK] = {0}, highest = top;
-            for (int i = 0; i < count; i++) {
-                const int64_t token = t + i;
-                const int64_t slot = blocks[token / batch->block_size] * batch->block_size +
-                                     token % batch->block_size;
-                const float *key = cache + slot * 2 * half + kv_head * n;
-                scores[i] = scale * NAME(dot)(q + head * n, key, n);
-                if (scores[i] > highest) highest = scores[i];
-                values[i] = key + half;
-            }
-            float keep[LANES] = {top - highest};
-            NAME(weigh)(keep, 1, 0);
-            sum = sum * keep[0] + NAME(weigh)(scores, count, highest);
-            NAME(mix)(mixed, keep[0], scores, values, count, n);
-            top = highest;
+    float tops[HEADS], sums[HEADS] = {0};
+    memset(out, 0, (size_t)(heads * n) * sizeof *out);
+    for (int h = 0; h < heads; h++) tops[h] = -__builtin_inff();
+    for (int64_t t = window && length > window ? length - window : 0; t < length; t += CHUNK) {
+        const int count = (int)MIN(CHUNK, length - t);
+        const float *keys[CHUNK], *values[CHUNK];
+        for (int i = 0; i < count; i++) {
+            const int64_t block = (t + i) / batch->block_size, at = (t + i) % batch->block_size;
+            const int64_t slot = blocks[block] * batch->block_size + at;
+            keys[i] = cache + slot * 2 * half + kv_head * n;
+            values[i] = keys[i] + half;
+            for (int64_t d = 0; d < n; d += 16) __builtin_prefetch(keys[i] + d, 0, 3);
         }
-        for (int64_t d = 0; d < n; d++) mixed[d] /= sum;
+        for (int h = 0; h < heads; h++) {
+            float scores[CHUNK] = {0}, top = tops[h], keep[LANES];
+            for (int i = 0; i < count; i++) {
+                if (h == 0)
+                    for (int64_t d = 0; d < n; d += 16) __builtin_prefetch(values[i] + d, 0, 3);
+                scores[i] = scale * NAME(dot)(q + h * n, keys[i], n);
+                if (scores[i] > top) top = scores[i];
+            }
+            NAME(store)(keep, NAME(exp)(NAME(all)(tops[h] - top)));
+            sums[h] = sums[h] * *keep + NAME(weigh)(scores, count, top);
+            NAME(mix)(out + h * n, *keep, scores, values, count, n);
+            tops[h] = top;
+        }
     }
+    for (int h = 0; h < heads; h++)
+        for (int64_t d = 0; d < n; d++) out[h * n + d] /= sums[h];
 }
 
 /* gate = silu(gate) * up, columns `own` of each half. */
@@ -267,6 +274,7 @@ static void NAME(decode)(struct team *team, int thread, const void *job) {
     const int rows = (int)b->rows, threads = team->threads;
     const int64_t hidden = s->hidden, inner = s->intermediate, n = s->head_dim;
     const int64_t rotated = s->heads + s->kv_heads, fused = (rotated + s->kv_heads) * n;
+    const int64_t group = s->heads / s->kv_heads;
     float *x = pass->x, *heads = pass->scratch;
     float *attended = heads + rows * fused;
     float *gate_up = attended + rows * s->heads * n;
@@ -301,9 +309,10 @@ static void NAME(decode)(struct team *team, int thread, const void *job) {
         wait_for_all(team);
         for (int64_t item = each_group.first; item < each_group.end; item++) {
             const int64_t r = item / s->kv_heads, kv_head = item % s->kv_heads;
-            const int64_t at = s->heads / s->kv_heads * kv_head * n;
-            NAME(attend)(s, b, cache, layer->window, (int)r, kv_head, heads + r * fused + at,
-                         attended + r * s->heads * n + at);
+            for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head += HEADS)
+                NAME(attend)(s, b, cache, layer->window, (int)r, kv_head,
+                             (int)MIN(HEADS, (kv_head + 1) * group - head),
+                             heads + r * fused + head * n, attended + (r * s->heads + head) * n);
         }
         wait_for_all(team);
         NAME(multiply)(x, 1, attended, s->heads * n, rows, layer->o, s->heads * n, hidden,
@@ -338,3 +347,4 @@ static void NAME(head)(struct team *team, int thread, const void *job) {
 
 #undef vec
 #undef ivec
+#undef quad

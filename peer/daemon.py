@@ -110,6 +110,7 @@ class Peer:
                 tasks.create_task(self._announce_for_ever()),
                 tasks.create_task(self._measure_for_ever()),
                 tasks.create_task(self.server.expire_for_ever()),
+                tasks.create_task(self.member.transport.died()),
             ]
             await self._stop.wait()
             await self._drain(self.server)

@@ -112,7 +112,7 @@ def load(
         ) from error
     runner = Runner(shard, pool)
     parts = (
-        *(folder.spec.digest, span, dtype, device, torch.get_num_threads()),
+        *(folder.spec.digest, span, dtype, device, shard.backend, torch.get_num_threads()),
         *(__version__, torch.__version__, platform.processor(), platform.node()),
     )
     progress.note(f"measuring the speed of layers {span} on {device}")

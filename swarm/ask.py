@@ -9,7 +9,7 @@ from typing import Any
 
 from hexswarm.blocking import Client, Stream
 from hexswarm.cli import client_config, sampling_options
-from hexswarm.client import Completion
+from hexswarm.client import Completion, Options
 from hexswarm.errors import HexswarmError, UsageError
 from hexswarm.picture import swarm_table
 from hexswarm.tokenizer import Message
@@ -17,11 +17,11 @@ from hexswarm.tokenizer import Message
 
 def generate(flags: argparse.Namespace) -> int:
     """Answer one prompt on stdout; the route and times on stderr."""
-    text = sys.stdin.read() if flags.prompt == "-" else flags.prompt
+    text = sys.stdin.read().removesuffix("\n") if flags.prompt == "-" else flags.prompt
     if not text.strip():
         raise UsageError("the prompt is empty")
     prompt = text if flags.raw else [{"role": "user", "content": text}]
-    options = sampling_options(flags)
+    options = _options(flags)
     with Client(config=client_config(flags)) as client:
         if flags.json or flags.no_stream:
             completion = client.generate(prompt, **options)
@@ -31,6 +31,13 @@ def generate(flags: argparse.Namespace) -> int:
     if not flags.json:
         print(summary(completion), file=sys.stderr)
     return 0
+
+
+def _options(flags: argparse.Namespace) -> dict[str, Any]:
+    """The options of `generate`, checked before anything takes time. Raises UsageError."""
+    options = sampling_options(flags)
+    Options(**options)
+    return options
 
 
 def print_stream(stream: Stream) -> Completion:
@@ -47,7 +54,7 @@ def chat(flags: argparse.Namespace) -> int:
     messages: list[Message] = []
     if flags.system:
         messages.append({"role": "system", "content": flags.system})
-    options = sampling_options(flags)
+    options = _options(flags)
     config = client_config(flags)
     with Client(config=config) as client, client.conversation() as conversation:
         print(f"{config.model}; an empty line ends the conversation", file=sys.stderr)

@@ -102,6 +102,7 @@ class Options:
             raise UsageError(f"max_new_tokens = {self.max_new_tokens} is below 1")
         if not all(isinstance(text, str) and text for text in self.stops):
             raise UsageError("stop strings are texts and not empty")
+        self.sampling()
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -356,10 +357,15 @@ class AsyncClient:
             async with asyncio.timeout(self.config.connect_s):
                 await session.ready()
         except TimeoutError:
+            silent = session.machine.silent
+            if not silent:
+                return  # the last one answered at that very moment
             session.close()
-            raise NetworkError(
-                f"the stages did not open within {self.config.connect_s:.0f} s", remedy="try again"
-            ) from None
+            # A stage also keeps silent while it waits for the next one: blame one without a link.
+            connected = self._member.links.connected
+            stage = next((stage for stage in silent if not connected(stage.peer)), silent[0])
+            how = f"did not open within {self.config.connect_s:.0f} s"
+            raise PeerLost(stage.peer, (stage.span.first, stage.span.end), how) from None
         except BaseException:
             session.close()
             raise

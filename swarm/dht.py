@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 MAX_DEPTH = 8
 JOIN_S = 6.0
+CLOSE_S = 5.0
 REMEMBER = 64
 
 
@@ -138,7 +139,9 @@ class SwarmDht:
                 self._dialled.discard(PeerId(outcome.peer))
 
     async def close(self) -> None:
-        await self._node.shutdown()
+        with contextlib.suppress(TimeoutError):  # a dead daemon never answers
+            async with asyncio.timeout(CLOSE_S):
+                await self._node.shutdown()
 
 
 def _targets(

@@ -20,3 +20,5 @@ def set_up(verbose: int = 0) -> None:
     logger.handlers = [handler]
     logger.propagate = False
     logger.setLevel(_LEVELS[min(verbose, len(_LEVELS) - 1)])
+    if not verbose:  # hivemind leaves tasks behind whose failures nobody takes
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)

@@ -140,6 +140,11 @@ class Session:
     def open(self) -> bool:
         return self.failed is None and len(self._granted) == len(self.route.stages)
 
+    @property
+    def silent(self) -> list[Stage]:
+        """Stages that have neither granted nor refused yet, from the head on."""
+        return [stage for stage in self.route.stages if stage.peer not in self._granted]
+
     # --- the caller's wishes ---------------------------------------------------------------------
 
     def start(self) -> list[Instruction]:

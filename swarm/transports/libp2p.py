@@ -9,7 +9,10 @@ Traps that this file steps around:
 - hivemind's `Multiaddr` mis-encodes `/p2p/...` in binary, so addresses are passed without it;
 - the check whether an identity is free understands RSA only and starts a second daemon: off;
 - uvloop 0.23 hangs hivemind's client: we stay on asyncio's own loop;
-- the daemon ends with our process, also when that is killed: its output pipe breaks.
+- the daemon ends with our process, also when that is killed: its output pipe breaks;
+- Ctrl-C in a terminal signals all processes of a job, but the daemon has to outlive our draining: it
+  runs in a session of its own;
+- asked for anything once its daemon has died, hivemind may wait for ever: `close` has a limit.
 """
 
 from __future__ import annotations
@@ -35,8 +38,24 @@ log = logging.getLogger(__name__)
 PROTOCOL = "/hexswarm/1"
 DIAL_S = 5.0
 """Limit for dialling and opening one stream; a cold dial takes 4.6 round trips."""
+CLOSE_S = 5.0
 LINGER_S = 5.0
 """So long a closed stream may go on sending what was written."""
+
+
+class _OwnSession:
+    """`asyncio` for hivemind's module that starts the daemon: a session of its own for the child."""
+
+    subprocess = SimpleNamespace(
+        PIPE=asyncio.subprocess.PIPE,
+        STDOUT=asyncio.subprocess.STDOUT,
+        create_subprocess_exec=functools.partial(
+            asyncio.create_subprocess_exec, start_new_session=True
+        ),
+    )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
 
 
 @functools.cache
@@ -48,13 +67,14 @@ def load_hivemind() -> SimpleNamespace:
     os.environ.setdefault("HIVEMIND_LOGLEVEL", "ERROR")
     from hivemind.dht.node import DHTNode
     from hivemind.dht.validation import RecordValidatorBase
-    from hivemind.p2p import P2P, PeerID
+    from hivemind.p2p import P2P, PeerID, p2p_daemon
     from hivemind.utils.logging import use_hivemind_log_handler
     from hivemind.utils.multiaddr import Multiaddr
     from hivemind.utils.serializer import MSGPackSerializer
 
     use_hivemind_log_handler("nowhere")
     logging.getLogger("hivemind").setLevel(logging.CRITICAL)
+    p2p_daemon.asyncio = _OwnSession()
     return SimpleNamespace(
         P2P=P2P,
         PeerID=PeerID,
@@ -159,10 +179,13 @@ class Libp2pTransport:
 
     async def addresses(self) -> tuple[str, ...]:
         """Where others reach us, without the /p2p suffix."""
-        with contextlib.suppress(ValueError):
+        try:
             found = await self.p2p.get_visible_maddrs(latest=True)
-            return tuple(str(address).split("/p2p/")[0] for address in found)
-        return ()
+        except ValueError:
+            return ()
+        except OSError as error:
+            raise NetworkError("the libp2p daemon does not answer", remedy="start again") from error
+        return tuple(str(address).split("/p2p/")[0] for address in found)
 
     async def connect(self, peer: PeerId, addresses: Sequence[str]) -> None:
         """Make the daemon know and reach `peer`. Raises PeerLost."""
@@ -207,8 +230,15 @@ class Libp2pTransport:
 
         await self.p2p.add_binary_stream_handler(PROTOCOL, accept)
 
+    async def died(self) -> None:
+        """Wait for an end of the daemon that is not our doing. Raises NetworkError then."""
+        await self.p2p._child.wait()
+        raise NetworkError("the libp2p daemon has died", remedy="start again")
+
     async def close(self) -> None:
-        await self.p2p.shutdown()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_S):
+                await self.p2p.shutdown()
 
 
 def multiaddress(host: str, port: int) -> str:

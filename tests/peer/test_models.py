@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from hexswarm.errors import CorruptWeights, UnsupportedModel
+from hexswarm.kernels import native
 from hexswarm.peer.models.registry import architecture
 from hexswarm.peer.runner import Runner
 from hexswarm.peer.shard import Shard, required_tensors
@@ -114,6 +115,18 @@ def true_logits(name, ids):
     return reference(name)(torch.tensor([ids])).logits[0]
 
 
+@pytest.fixture(params=["native", "torch"])
+def backend(request, monkeypatch):
+    """What shards choose by themselves, and what they do without the native library."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "available", lambda: False)
+    elif not native.available():
+        pytest.skip("installed without a compiler")
+
+
+each_backend = pytest.mark.usefixtures("backend")
+
+
 class Pipeline:
     """A model cut into stages, each with its own pool; sessions use the same blocks everywhere."""
 
@@ -161,6 +174,7 @@ ASCENDING = tuple(range(3, 20))
 SCATTERED = (9, 2, 30, 31, 4, 1, 17, 11, 12, 40, 39, 38, 5, 22, 23, 50, 49)
 
 
+@each_backend
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("blocks", [ASCENDING, SCATTERED], ids=["ascending", "scattered"])
 def test_logits_equal_transformers_for_prompt_and_every_decode_step(name, blocks):
@@ -173,6 +187,7 @@ def test_logits_equal_transformers_for_prompt_and_every_decode_step(name, blocks
         assert_close(got, expected[position])
 
 
+@each_backend
 @pytest.mark.parametrize("name", FAMILIES)
 def test_greedy_answer_equals_generate(name):
     prompt, blocks = tokens(17, seed=3), ASCENDING
@@ -190,6 +205,7 @@ def test_greedy_answer_equals_generate(name):
 CUTS = [*itertools.combinations(range(1, LAYERS), 1), *itertools.combinations(range(1, LAYERS), 2)]
 
 
+@each_backend
 @pytest.mark.parametrize("cuts", CUTS, ids=str)
 @pytest.mark.parametrize("name", [*FAMILIES, "qwen2-windows", "llama-tied-llama3"])
 def test_a_split_at_any_layer_changes_nothing(name, cuts):
@@ -201,6 +217,7 @@ def test_a_split_at_any_layer_changes_nothing(name, cuts):
         assert_close(got, expected[position])
 
 
+@each_backend
 @pytest.mark.parametrize("name", [*FAMILIES, "qwen3-layer-types"])
 @pytest.mark.parametrize("blocks", [ASCENDING, SCATTERED], ids=["ascending", "scattered"])
 def test_any_chunking_of_the_prompt_changes_nothing(name, blocks):
@@ -217,6 +234,7 @@ def test_any_chunking_of_the_prompt_changes_nothing(name, blocks):
             assert_close(got, expected[position - 1])
 
 
+@each_backend
 @pytest.mark.parametrize("name", FAMILIES)
 def test_sessions_in_a_batch_do_not_see_each_other(name):
     """Prompt pieces and decode steps of five sessions at unlike positions, in one batch."""
@@ -249,6 +267,7 @@ def test_sessions_in_a_batch_do_not_see_each_other(name):
             assert_close(got, expected[session][reached[session] - 1])
 
 
+@each_backend
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_step_below_the_cached_length_crops(name):
     first, pipeline = tokens(30, seed=1), Pipeline(name)
@@ -260,6 +279,7 @@ def test_a_step_below_the_cached_length_crops(name):
     assert_close(pipeline.step((b"a", 24, second[24:], ASCENDING))[0], expected[24])
 
 
+@each_backend
 def test_sessions_use_different_parts_of_overlapping_spans():
     """Peers hold 0:3 and 1:4; one session changes over at layer 1, one at 3, in common batches."""
     name = "qwen3"

@@ -1,0 +1,42 @@
+"""Compiles the decoder layers in C, if there is a compiler; all else is in pyproject.toml.
+
+The extension is optional: where it cannot be compiled the installation goes on, a warning shows at
+`pip install -v`, and PyTorch does its work (see kernels/native.py). It is declared here because in
+strict editable installs setuptools expects the file of an optional extension even when compiling
+it failed; the command below forgets it then, and removes one that an older source left behind.
+"""
+
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+
+class BuildOptional(build_ext):
+    """`build_ext` that only speaks of files that exist."""
+
+    def run(self) -> None:
+        super().run()
+        if self.inplace:
+            for built, placed in super().get_output_mapping().items():
+                if not Path(built).exists():
+                    Path(placed).unlink(missing_ok=True)
+
+    def get_output_mapping(self) -> dict[str, str]:
+        mapping = super().get_output_mapping()
+        return {built: placed for built, placed in mapping.items() if Path(placed).exists()}
+
+
+NATIVE = Extension(
+    "hexswarm.kernels._native",
+    sources=["kernels/native.c"],
+    depends=["kernels/native_layers.h"],  # also puts it into the source distribution
+    extra_compile_args=[
+        *("-std=c11", "-O3", "-g0", "-pthread"),
+        *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+    ],
+    extra_link_args=["-pthread"],
+    optional=True,
+)
+
+setup(ext_modules=[NATIVE], cmdclass={"build_ext": BuildOptional})

@@ -1,0 +1,190 @@
+"""The command `hexswarm` as a person types it: what goes to stdout, what to stderr, exit statuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+
+from hexswarm.version import __version__
+from tests.end_to_end.swarm import LocalSwarm, all_of, environment, hexswarm
+
+pytestmark = pytest.mark.end_to_end
+
+COMMANDS = ("generate", "chat", "status", "peer", "bootstrap", "demo")
+FRANCE = "What is the capital of France?"
+
+Done = subprocess.CompletedProcess[str]
+
+
+@pytest.fixture(scope="module")
+def said(swarm: LocalSwarm) -> dict[str, Done]:
+    """What the commands of this module said; each takes seconds, so they run two at a time."""
+    turns = "My name is Ada. Say hello.\nWhat is my name?\n\nnever asked\n"
+    short = ("--max-new-tokens", "12")
+    calls: dict[str, Any] = {
+        "generate": lambda: swarm.hexswarm("generate", FRANCE),
+        "json": lambda: swarm.hexswarm("generate", FRANCE, "--json"),
+        "whole": lambda: swarm.hexswarm("generate", "-", "--no-stream", stdin=FRANCE + "\n"),
+        "raw": lambda: swarm.hexswarm("generate", "--raw", "The capital of France is", *short),
+        "chat": lambda: swarm.hexswarm("chat", "--system", "Be brief.", *short, stdin=turns),
+        "status": lambda: swarm.hexswarm("status"),
+        "status json": lambda: swarm.hexswarm("status", "--json"),
+    }
+    return all_of(calls)
+
+
+def test_generate_prints_the_answer_and_nothing_else(said: dict[str, Done]) -> None:
+    done = said["generate"]
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "The capital of France is Paris.\n"
+    (line,) = done.stderr.strip().splitlines()
+    for word in ("[0:10] -> ", "[10:20] -> ", "[20:30] | first token ", " tokens/s | ", "stop"):
+        assert word in line
+
+
+def test_generate_reads_the_prompt_from_stdin(said: dict[str, Done]) -> None:
+    assert said["whole"].returncode == 0, said["whole"].stderr
+    assert said["whole"].stdout == "The capital of France is Paris.\n"
+
+
+def test_generate_json_is_one_object(said: dict[str, Done]) -> None:
+    done = said["json"]
+    answer = json.loads(done.stdout)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert answer["text"] == "The capital of France is Paris."
+    assert answer["finish"] == "stop"
+    assert [stage["span"] for stage in answer["route"]] == [[0, 10], [10, 20], [20, 30]]
+    assert len(answer["ids"]) > 4
+    assert 0 < answer["ttft_s"]
+    assert answer["prompt_tokens"] > len(FRANCE.split())
+
+
+def test_generate_raw_continues_the_text(said: dict[str, Done]) -> None:
+    assert said["raw"].returncode == 0, said["raw"].stderr
+    assert "Paris" in said["raw"].stdout
+
+
+def test_chat_takes_turns_from_a_pipe(said: dict[str, Done]) -> None:
+    done = said["chat"]
+    assert done.returncode == 0, done.stderr
+    assert "Ada" in done.stdout
+    assert "> " not in done.stdout
+    assert done.stderr.count("first token") == 2, "the empty line ends the conversation"
+
+
+def test_status_draws_who_serves_what(said: dict[str, Done], swarm: LocalSwarm) -> None:
+    done = said["status"]
+    assert done.returncode == 0, done.stderr
+    for span in ("0:10", "10:20", "20:30"):
+        assert span in done.stdout
+    assert done.stdout.count(" online ") == 3
+    assert "every layer is served; 3 peer(s)" in done.stdout
+    for address in swarm.bootstrap:
+        assert address.rpartition("/p2p/")[2][-8:] not in done.stdout, "a bootstrap serves nothing"
+
+
+def test_status_json_is_complete(said: dict[str, Done]) -> None:
+    done = said["status json"]
+    assert (done.returncode, done.stderr) == (0, "")
+    status = json.loads(done.stdout)
+    assert status["missing"] == []
+    assert status["model"]["layers"] == 30
+    assert sorted(peer["span"] for peer in status["peers"]) == [[0, 10], [10, 20], [20, 30]]
+    for peer in status["peers"]:
+        assert peer["state"] == "online"
+        assert peer["free_kv_tokens"] > 0
+        assert peer["model"] == status["model"]["digest"]
+
+
+def test_chat_on_a_terminal(swarm: LocalSwarm) -> None:
+    """Typed into a pseudo terminal: the prompt sign, two turns, /exit."""
+    words = [sys.executable, "-m", "hexswarm.cli", "chat", "--max-new-tokens", "8"]
+    words += ["--bootstrap", swarm.bootstrap[0], "--home", str(swarm.home / "terminal")]
+    here, there = pty.openpty()
+    process = subprocess.Popen(
+        words, stdin=there, stdout=there, stderr=there, env=environment(), close_fds=True
+    )
+    os.close(there)
+    seen = ""
+    try:
+        for line in ("My name is Ada.", "What is my name?", "/exit"):
+            seen += _read_until(here, "> ")
+            os.write(here, f"{line}\n".encode())
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(here)
+    assert seen.count("first token") == 2
+    assert "Traceback" not in seen
+
+
+def _read_until(terminal: int, sign: str, timeout_s: float = 60) -> str:
+    """What the terminal shows up to a line that begins with `sign`."""
+    shown, deadline_s = "", time.monotonic() + timeout_s
+    while not shown.endswith("\n" + sign):
+        assert time.monotonic() < deadline_s, shown
+        shown += os.read(terminal, 4096).decode(errors="replace")
+    return shown
+
+
+# --- commands that need no swarm --------------------------------------------------------------------
+
+
+def seconds(*words: str) -> tuple[float, Done]:
+    """The best of three: the machine is shared."""
+    best = 1e9
+    for _ in range(3):
+        began_s = time.perf_counter()
+        done = hexswarm(*words)
+        best = min(best, time.perf_counter() - began_s)
+        if best < 1:
+            break
+    return best, done
+
+
+def test_version() -> None:
+    spent_s, done = seconds("--version")
+    assert (done.stdout, done.returncode) == (f"hexswarm {__version__}\n", 0)
+    assert spent_s < 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_quick(command: str) -> None:
+    spent_s, done = seconds(command, "--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"usage: hexswarm {command} ")
+    assert spent_s < 1
+
+
+def test_help_needs_no_torch() -> None:
+    """Nor anything else that takes seconds to import."""
+    program = (
+        "import sys\n"
+        "from hexswarm.cli import main\n"
+        "for command in sys.argv[1:]:\n"
+        "    try:\n"
+        "        main([command, '--help'])\n"
+        "    except SystemExit as end:\n"
+        "        assert end.code == 0\n"
+        "heavy = {'torch', 'transformers', 'hivemind', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *COMMANDS], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_names_all_commands() -> None:
+    done = hexswarm("--help")
+    assert done.returncode == 0
+    for command in COMMANDS:
+        assert f"  {command} " in done.stdout
