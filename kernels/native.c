@@ -20,9 +20,9 @@
 #define UNROLL _Pragma("GCC unroll 8")
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 
+#define ROWS 16   /* most rows of a batch */
 #define TILE 1024 /* columns: their sums stay in the nearest cache, and rows span whole pages */
-#define STRIDE (TILE + 16) /* not a power of two, so that rows do not fight for cache sets */
-#define ROWS 16 /* most rows of a batch */
+#define STRIDE (TILE + 16) /* of sums: by a power of two they would fight for cache sets */
 #define CHUNK 64  /* keys between two corrections of the softmax */
 #define HEADS 8   /* query heads that share a reading of the keys */
 #define SPINS 1000

@@ -3,8 +3,9 @@
 A decode step reads every weight once, so memory sets its floor: SmolLM2-135M in float32 is 538 MB,
 37 ms at the 14.5 GB/s of one core of our Xeon (AVX-512, virtual, shared). PyTorch took 45 there:
 some twenty small operations a layer that run cold, since 14 MB of weights pass through the caches
-between two of a kind, and matrix products that lose speed with two rows or more. Milliseconds a
-step by the processor's clock, one thread, medians of 5 interleaved runs of `benchmarks/engine.py`:
+between two of a kind, and matrix products that lose speed with two rows or more. Milliseconds of
+the processor a step, one thread, the decode of `benchmarks/engine.py` with 31 steps, both backends
+by turns in one process, medians of 5 (its `--backend` measures one at a time):
 
     rows       1     2     4     8    16
     native  39.3  40.6  44.9  52.4  79.6
@@ -44,7 +45,7 @@ from torch import Tensor
 from hexswarm.kernels.ragged import Ragged
 
 ROWS = 16
-"""Most tokens of a batch."""
+"""Most tokens of a batch; native.c has the same number."""
 
 
 class _Shape(ctypes.Structure):

@@ -93,6 +93,7 @@ class Membership:
         self._refresher.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._refresher
+        self._remember()  # a process of seconds has met peers, too
         await self.links.close()
         await self.dht.close()
         await self.transport.close()

@@ -127,7 +127,7 @@ class Session:
         self.turn = -1
         self.running = False
         self.leaving = False
-        """A stage drains: end the session when the turn is over."""
+        """A stage drains: the session ends when no turn runs."""
         self.failed: HexswarmError | None = None
         self._digest = digest
         self._client_loop = client_loop
@@ -225,6 +225,7 @@ class Session:
                 return self._fail(self._blame(peer, message))
             case GoAway():
                 self.leaving = True
+                return self._leave() if self.open and not self.running else []
         return []
 
     def on_lost(self, peer: PeerId, how: str) -> list[Instruction]:
@@ -320,11 +321,12 @@ class Session:
             )
         self._expected_position += 1
         self._sure = len(self.cached)
-        if message.finish:
-            self.running = False
-        else:
+        emit = Emit(message.token, message.position, message.finish)
+        if not message.finish:
             self.cached.append(message.token)  # on its way around the ring, not yet sure
-        return [Emit(message.token, message.position, message.finish)]
+            return [emit]
+        self.running = False
+        return [emit, *self._leave()] if self.leaving else [emit]
 
     def _on_logits(self, message: Logits, payload: bytes) -> list[Instruction]:
         if message.position != self._expected_position or not payload or len(payload) % 4:
@@ -349,6 +351,10 @@ class Session:
         if message.code in ("expired", "unknown"):
             return SessionClosed(f"peer {peer[-8:]}: {message.reason}")
         return Refused(peer, message.code, message.reason)
+
+    def _leave(self) -> list[Instruction]:
+        """Let a stage that drains go at once instead of when its patience ends."""
+        return self._fail(SessionClosed("a peer of the route leaves the swarm"))
 
     def _fail(self, error: HexswarmError) -> list[Instruction]:
         self.failed = error

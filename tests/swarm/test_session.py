@@ -398,9 +398,33 @@ def test_drain_lets_the_turn_end(ring: Loopback) -> None:
     ring.run()
     assert session.leaving
     assert told.tokens == answer(PROMPT, 6, 6)
+    assert told.finish == "length"
+    assert isinstance(told.error, SessionClosed)
+    assert len(host.table) == 0
     _, late = ring.open()
     ring.run()
     assert isinstance(late.error, Refused)
+    ring.check_clean()
+
+
+def test_drain_ends_an_idle_session_at_once(ring: Loopback) -> None:
+    session, told = ring.opened()
+    ring.ask(session, PROMPT, 3)
+    ring.run()
+    assert told.tokens == answer(PROMPT, 3, 6)
+    host = ring.hosts[PeerId("p0")]
+    ring.act(host, host.table.drain(25.0))
+    ring.run()
+    assert isinstance(told.error, SessionClosed)
+    assert len(host.table) == 0
+    ring.check_clean()
+
+
+def test_drain_hands_back_what_takes_too_long(ring: Loopback) -> None:
+    session, told = ring.opened()
+    ring.ask(session, PROMPT, 6)
+    host = ring.hosts[PeerId("p0")]
+    ring.act(host, host.table.drain(25.0))
     ring.act(host, host.table.end_all())
     ring.run()
     assert isinstance(told.error, PeerLost)
