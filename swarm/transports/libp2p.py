@@ -10,8 +10,8 @@ Traps that this file steps around:
 - the check whether an identity is free understands RSA only and starts a second daemon: off;
 - uvloop 0.23 hangs hivemind's client: we stay on asyncio's own loop;
 - the daemon ends with our process, also when that is killed: its output pipe breaks;
-- Ctrl-C in a terminal signals all processes of a job, but the daemon has to outlive our draining: it
-  runs in a session of its own;
+- Ctrl-C in a terminal signals all processes of a job, but the daemon has to outlive our draining:
+  it runs in a session of its own;
 - asked for anything once its daemon has died, hivemind may wait for ever: `close` has a limit.
 """
 
@@ -44,7 +44,7 @@ LINGER_S = 5.0
 
 
 class _OwnSession:
-    """`asyncio` for hivemind's module that starts the daemon: a session of its own for the child."""
+    """`asyncio` for hivemind's module that starts the daemon: its child gets a session of its own."""
 
     subprocess = SimpleNamespace(
         PIPE=asyncio.subprocess.PIPE,

@@ -10,9 +10,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -167,20 +166,8 @@ def gone(process: psutil.Process) -> bool:
         return True
 
 
-@contextmanager
-def ended(swarm: demo.LocalSwarm, *peers: demo.Process) -> Iterator[None]:
-    """End these peers on leaving, however the test went, and forget them."""
-    try:
-        yield
-    finally:
-        for peer in peers:
-            peer.end(timeout_s=0)
-            if peer in swarm.peers:
-                swarm.peers.remove(peer)
-
-
 def damaged(folder: Path, copy: Path) -> Path:
-    """A copy of a model folder, to be damaged; weights are copied too, for links would share."""
+    """A copy of a model folder, to be damaged."""
     copy.mkdir()
     for path in folder.iterdir():
         (copy / path.name).write_bytes(path.read_bytes())

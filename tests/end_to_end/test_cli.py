@@ -1,4 +1,4 @@
-"""The command `hexswarm` as a person types it: what goes to stdout, what to stderr, exit statuses."""
+"""The command `hexswarm` as a person types it: stdout, stderr and exit statuses."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_generate_json_is_one_object(said: dict[str, Done]) -> None:
     assert answer["finish"] == "stop"
     assert [stage["span"] for stage in answer["route"]] == [[0, 10], [10, 20], [20, 30]]
     assert len(answer["ids"]) > 4
-    assert 0 < answer["ttft_s"]
+    assert answer["ttft_s"] > 0
     assert answer["prompt_tokens"] > len(FRANCE.split())
 
 
@@ -135,7 +135,7 @@ def _read_until(terminal: int, sign: str, timeout_s: float = 60) -> str:
     return shown
 
 
-# --- commands that need no swarm --------------------------------------------------------------------
+# --- commands that need no swarm ----------------------------------------------------------------
 
 
 def seconds(*words: str) -> tuple[float, Done]:

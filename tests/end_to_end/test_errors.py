@@ -57,6 +57,8 @@ pytestmark = pytest.mark.end_to_end
 PATIENCE_S = 10.0
 """Within which the loss of a peer is told."""
 MIDDLE_POOL = 1024
+VOWELS = list("aeiou")
+"""Stop strings that end any answer soon, although the session has room for a long one."""
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,7 @@ def holed(tiny_model: Path) -> Iterator[LivingSwarm]:
         yield local
 
 
-# --- mistakes at the command line ------------------------------------------------------------------
+# --- mistakes at the command line ---------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -228,9 +230,7 @@ def answers(
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_gets_one_clear_line(
-    answers: dict[str, tuple[Mistake, Any]], name: str
-) -> None:
+def test_a_mistake_gets_one_clear_line(answers: dict[str, tuple[Mistake, Any]], name: str) -> None:
     made, done = answers[name]
     line = complaint(done)
     for text in made.says:
@@ -245,7 +245,7 @@ def test_a_hole_is_seen_in_the_status(holed: LivingSwarm) -> None:
     assert "no peer serves layers 2-3: the model cannot answer" in done.stdout
 
 
-# --- the same in Python ----------------------------------------------------------------------------
+# --- the same in Python -------------------------------------------------------------------------
 
 
 def test_errors_of_joining_have_types(holed: LivingSwarm, tmp_path: Path) -> None:
@@ -315,7 +315,7 @@ def test_a_prompt_longer_than_the_context(tiny_client: Client) -> None:
     assert len(answer.ids) == 4
 
 
-# --- strangers --------------------------------------------------------------------------------------
+# --- strangers ----------------------------------------------------------------------------------
 
 
 def test_a_foreign_record_is_refused_and_hides_nobody(tiny_client: Client) -> None:
@@ -363,7 +363,7 @@ def test_a_stream_of_nonsense_is_hung_up_on(tiny_client: Client, data: bytes) ->
     assert tiny_client.generate([5, 6], max_new_tokens=3).ids
 
 
-# --- peers that vanish, hang and refuse --------------------------------------------------------------
+# --- peers that vanish, hang and refuse ---------------------------------------------------------
 
 
 @pytest.fixture
@@ -405,14 +405,12 @@ def test_a_full_peer_is_passed_over_and_full_peers_refuse(
     covered(filled, 2)
     room = MIDDLE_POOL - 100  # more than half of a middle's pool
     with filled.conversation() as one, filled.conversation() as two:
-        first = one.generate([5, 6], max_new_tokens=2)
-        took = {one.generate([5, 6, 7], max_new_tokens=room, stop=list("aeiou")).route.stages[1].peer}
-        assert first.route.stages[1].peer in took
-        second = two.generate([5, 6], max_new_tokens=room, stop=list("aeiou"))
-        assert second.route.stages[1].peer not in took
+        first = one.generate([5, 6], max_new_tokens=room, stop=VOWELS)
+        second = two.generate([5, 6], max_new_tokens=room, stop=VOWELS)
+        assert first.route.stages[1].peer != second.route.stages[1].peer
         with pytest.raises((Refused, NoRoute), match="full"):
             filled.generate([5, 6], max_new_tokens=room)
-    answer = patient(lambda: filled.generate([5, 6], max_new_tokens=room, stop=list("aeiou")))
+    answer = patient(lambda: filled.generate([5, 6], max_new_tokens=room, stop=VOWELS))
     assert answer.ids
 
 
@@ -430,8 +428,7 @@ def test_a_peer_that_vanishes_is_named_within_ten_seconds(
         process.send(number)
         began_s = time.monotonic()
         with pytest.raises(PeerLost) as caught:
-            for _ in stream:
-                assert time.monotonic() - began_s < PATIENCE_S
+            list(stream)
         assert time.monotonic() - began_s < PATIENCE_S
         assert (caught.value.peer, caught.value.layers) == (victim, (2, 4))
     again = patient(lambda: filled.generate([5, 6], max_new_tokens=4))
@@ -467,9 +464,7 @@ def test_the_last_of_its_layers_gone_is_said(
     assert time.monotonic() - began_s < 2 * PATIENCE_S
 
 
-def test_a_lost_peer_is_one_line_for_the_person(
-    holed: LivingSwarm, middles: list[Process]
-) -> None:
+def test_a_lost_peer_is_one_line_for_the_person(holed: LivingSwarm, middles: list[Process]) -> None:
     """`hexswarm generate` in mid-answer: the text so far, then one line, exit status 1."""
     words = [sys.executable, "-m", "hexswarm.cli", "generate", "--raw", "Hi"]
     words += ["--bootstrap", holed.bootstrap[0], "--model", holed.model]

@@ -56,7 +56,7 @@ def plain(default_folder: Any) -> Plain:
     return Plain(default_folder)
 
 
-# --- the same tokens as plain transformers --------------------------------------------------------
+# --- the same tokens as plain transformers ------------------------------------------------------
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
@@ -87,7 +87,7 @@ def test_token_ids_are_a_prompt_too(client: Client, plain: Plain) -> None:
     assert by_ids.prompt_tokens == len(ids)
 
 
-# --- what comes out and when it ends ---------------------------------------------------------------
+# --- what comes out and when it ends ------------------------------------------------------------
 
 
 def test_the_pieces_of_a_stream_are_the_text(client: Client) -> None:
@@ -125,7 +125,7 @@ def test_an_answer_that_is_not_complete_has_no_completion(tiny_client: Client) -
             _ = stream.completion
 
 
-# --- sampling --------------------------------------------------------------------------------------
+# --- sampling -----------------------------------------------------------------------------------
 
 
 def test_a_seed_makes_an_answer_repeatable(tiny_client: Client) -> None:
@@ -149,7 +149,7 @@ def test_filters_that_leave_one_token_are_greedy(tiny_client: Client) -> None:
     assert ids(temperature=3.0, seed=3) != greedy
 
 
-# --- the client chooses ----------------------------------------------------------------------------
+# --- the client chooses -------------------------------------------------------------------------
 
 
 def test_logits_by_default_follow_the_greedy_answer(client: Client) -> None:
@@ -177,15 +177,13 @@ def test_generate_of_the_package_knows_both_loops(swarm: LocalSwarm) -> None:
     whole = hexswarm.generate("The capital of France is", max_new_tokens=4, **options)
     pieces = hexswarm.generate("The capital of France is", max_new_tokens=4, stream=True, **options)
     assert "".join(pieces) == str(whole)
-    rows = hexswarm.generate(
-        "The capital of France is", max_new_tokens=4, loop="client", **options
-    )
+    rows = hexswarm.generate("The capital of France is", max_new_tokens=4, loop="client", **options)
     assert tuple(int(row.argmax()) for row in rows) == whole.ids
     with pytest.raises(UsageError):
         hexswarm.generate("x", loop="square", **options)
 
 
-# --- many at once ----------------------------------------------------------------------------------
+# --- many at once -------------------------------------------------------------------------------
 
 
 def test_eight_threads_get_the_answers_that_each_gets_alone(client: Client) -> None:
@@ -210,7 +208,7 @@ def test_eight_tasks_get_the_answers_that_each_gets_alone(tiny_swarm: LocalSwarm
     asyncio.run(main())
 
 
-# --- conversations ---------------------------------------------------------------------------------
+# --- conversations ------------------------------------------------------------------------------
 
 
 def test_a_conversation_reuses_its_kv_and_answers_like_a_fresh_session(client: Client) -> None:
@@ -254,7 +252,7 @@ def test_a_busy_conversation_says_so(tiny_client: Client) -> None:
         assert talk.generate([10, 11, 12, 13], max_new_tokens=8).ids
 
 
-# --- who leaves early frees the peers ----------------------------------------------------------------
+# --- who leaves early frees the peers -----------------------------------------------------------
 
 
 @pytest.fixture

@@ -89,7 +89,7 @@ class Reader(threading.Thread):
             self.error = error
 
 
-# --- leaving -----------------------------------------------------------------------------------------
+# --- leaving ------------------------------------------------------------------------------------
 
 
 def test_a_peer_that_is_told_to_stop_ends_what_runs_and_hands_back_the_rest(
@@ -146,7 +146,7 @@ def test_ctrl_c_in_a_terminal_ends_a_node_in_order(tmp_path: Path) -> None:
     until(lambda: gone(daemon), 5, "the daemon has ended")
 
 
-# --- bootstraps --------------------------------------------------------------------------------------
+# --- bootstraps ---------------------------------------------------------------------------------
 
 
 def test_a_bootstrap_that_restarts_keeps_its_address(
@@ -215,7 +215,7 @@ def attempt(client: Client) -> Any:
         return None
 
 
-# --- ends --------------------------------------------------------------------------------------------
+# --- ends ---------------------------------------------------------------------------------------
 
 
 def test_a_node_whose_daemon_dies_says_so_and_ends(local: LivingSwarm) -> None:

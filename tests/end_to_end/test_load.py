@@ -36,7 +36,9 @@ async def ask(
 
 def check(rowed: Sequence[Completion], together: Sequence[Completion], tokens: int) -> None:
     """All complete, and equal prompts got equal answers, however many were asked at once."""
-    alone = dict(zip(map(tuple, prompts(len(rowed))), (answer.ids for answer in rowed), strict=True))
+    alone = {
+        tuple(prompt): answer.ids for prompt, answer in zip(prompts(len(rowed)), rowed, strict=True)
+    }
     for prompt, answer in zip(prompts(len(together)), together, strict=True):
         assert answer.finish == "stop" or len(answer.ids) == tokens
         assert answer.ids == alone.get(tuple(prompt), answer.ids)
