@@ -2,8 +2,9 @@
 
 A record is announced every `ANNOUNCE_S` with jitter (so that a thousand peers started by one script
 do not store at one moment), at once when the state or the span changes, and early when the load has
-moved by more than the hysteresis: free KV by 10 % of the pool, or queue delay by 0.1 s. A record
-that is announced too often costs every DHT node on its way.
+moved by more than the hysteresis: free KV by 10 % of the pool or to all of it (else a request for
+the whole pool would be refused for half a minute), or queue delay by 0.1 s. A record that is
+announced too often costs every DHT node on its way.
 """
 
 from __future__ import annotations
@@ -49,8 +50,10 @@ class Announcer:
             said.addresses,
         ):
             return True
+        idle = current.free_kv_tokens >= self._kv_tokens > said.free_kv_tokens
         moved = (
-            abs(current.free_kv_tokens - said.free_kv_tokens) > KV_STEP * self._kv_tokens
+            idle
+            or abs(current.free_kv_tokens - said.free_kv_tokens) > KV_STEP * self._kv_tokens
             or abs(current.queue_s - said.queue_s) > QUEUE_STEP_S
         )
         return moved and now - last.told_s >= LOAD_EVERY_S

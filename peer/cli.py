@@ -6,15 +6,20 @@ import argparse
 import asyncio
 import signal
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from hexswarm.config import PeerConfig, from_flags
-from hexswarm.peer.daemon import Peer, run_peer
 from hexswarm.progress import Terminal
+
+if TYPE_CHECKING:
+    from hexswarm.peer.daemon import Peer
 
 
 def run(flags: argparse.Namespace) -> int:
     """Serve until SIGTERM or Ctrl-C, then drain; a second signal ends at once."""
     config = from_flags(PeerConfig, flags)
+    from hexswarm.peer.daemon import run_peer  # torch takes seconds: not before the flags are right
+
     asyncio.run(run_peer(config, Terminal(), _say, stop_on_signals))
     return 0
 

@@ -93,7 +93,6 @@ class Membership:
         self._refresher.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._refresher
-        self._remember()  # a process of seconds has met peers, too
         await self.links.close()
         await self.dht.close()
         await self.transport.close()
@@ -114,6 +113,7 @@ class Membership:
         records = await self.dht.read(model)
         self._refreshed_s[model] = self.clock.monotonic()
         self.take(records)
+        self._remember()
         await self.dht.meet(records)
 
     def take(self, records: list[SignedAnnouncement]) -> None:
@@ -134,13 +134,14 @@ class Membership:
                 except Exception as error:  # hivemind raises many kinds; the view stays old
                     log.warning("reading the directory failed: %r", error)
             self.directory.expire(self.clock.wall())
-            self._remember()
 
     def _remember(self) -> None:
+        """Write down who is there, at once: a process may live for seconds or be killed."""
         now = self.clock.wall()
         known = {entry.peer: entry for entry in load_remembered(self._memory)}
         for announcement in self.alive():
             if announcement.peer != self.transport.local and announcement.addresses:
                 entry = Remembered(announcement.peer, announcement.addresses, now)
                 known[announcement.peer] = entry
-        save_remembered(self._memory, list(known.values()))
+        if known:
+            save_remembered(self._memory, list(known.values()))

@@ -44,7 +44,7 @@ LINGER_S = 5.0
 
 
 class _OwnSession:
-    """`asyncio` for hivemind's module that starts the daemon: its child gets a session of its own."""
+    """`asyncio` for hivemind's starter of the daemon: the child gets a session of its own."""
 
     subprocess = SimpleNamespace(
         PIPE=asyncio.subprocess.PIPE,

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.end_to_end
 
 COMMANDS = ("generate", "chat", "status", "peer", "bootstrap", "demo")
 FRANCE = "What is the capital of France?"
+CONTINUE = "The capital of France is"
 
 Done = subprocess.CompletedProcess[str]
 
@@ -30,12 +31,11 @@ def said(swarm: LocalSwarm) -> dict[str, Done]:
     short = ("--max-new-tokens", "12")
     calls: dict[str, Any] = {
         "generate": lambda: swarm.hexswarm("generate", FRANCE),
-        "json": lambda: swarm.hexswarm("generate", FRANCE, "--json"),
+        "json": lambda: swarm.hexswarm("generate", "--raw", "--json", CONTINUE, *short),
         "whole": lambda: swarm.hexswarm("generate", "-", "--no-stream", stdin=FRANCE + "\n"),
-        "raw": lambda: swarm.hexswarm("generate", "--raw", "The capital of France is", *short),
         "chat": lambda: swarm.hexswarm("chat", "--system", "Be brief.", *short, stdin=turns),
-        "status": lambda: swarm.hexswarm("status"),
-        "status json": lambda: swarm.hexswarm("status", "--json"),
+        "status": lambda: swarm.hexswarm("status", "--json"),
+        "terminal": lambda: typed(swarm, "My name is Ada.", "What is my name?", "/exit"),
     }
     return all_of(calls)
 
@@ -54,21 +54,15 @@ def test_generate_reads_the_prompt_from_stdin(said: dict[str, Done]) -> None:
     assert said["whole"].stdout == "The capital of France is Paris.\n"
 
 
-def test_generate_json_is_one_object(said: dict[str, Done]) -> None:
+def test_generate_json_is_one_object_and_raw_continues_the_text(said: dict[str, Done]) -> None:
     done = said["json"]
     answer = json.loads(done.stdout)
     assert (done.returncode, done.stderr) == (0, "")
-    assert answer["text"] == "The capital of France is Paris."
-    assert answer["finish"] == "stop"
+    assert "Paris" in answer["text"]
+    assert (answer["finish"], len(answer["ids"])) == ("length", 12)
     assert [stage["span"] for stage in answer["route"]] == [[0, 10], [10, 20], [20, 30]]
-    assert len(answer["ids"]) > 4
     assert answer["ttft_s"] > 0
-    assert answer["prompt_tokens"] > len(FRANCE.split())
-
-
-def test_generate_raw_continues_the_text(said: dict[str, Done]) -> None:
-    assert said["raw"].returncode == 0, said["raw"].stderr
-    assert "Paris" in said["raw"].stdout
+    assert answer["prompt_tokens"] == len(CONTINUE.split())
 
 
 def test_chat_takes_turns_from_a_pipe(said: dict[str, Done]) -> None:
@@ -79,19 +73,8 @@ def test_chat_takes_turns_from_a_pipe(said: dict[str, Done]) -> None:
     assert done.stderr.count("first token") == 2, "the empty line ends the conversation"
 
 
-def test_status_draws_who_serves_what(said: dict[str, Done], swarm: LocalSwarm) -> None:
-    done = said["status"]
-    assert done.returncode == 0, done.stderr
-    for span in ("0:10", "10:20", "20:30"):
-        assert span in done.stdout
-    assert done.stdout.count(" online ") == 3
-    assert "every layer is served; 3 peer(s)" in done.stdout
-    for address in swarm.bootstrap:
-        assert address.rpartition("/p2p/")[2][-8:] not in done.stdout, "a bootstrap serves nothing"
-
-
 def test_status_json_is_complete(said: dict[str, Done]) -> None:
-    done = said["status json"]
+    done = said["status"]
     assert (done.returncode, done.stderr) == (0, "")
     status = json.loads(done.stdout)
     assert status["missing"] == []
@@ -103,9 +86,17 @@ def test_status_json_is_complete(said: dict[str, Done]) -> None:
         assert peer["model"] == status["model"]["digest"]
 
 
-def test_chat_on_a_terminal(swarm: LocalSwarm) -> None:
-    """Typed into a pseudo terminal: the prompt sign, two turns, /exit."""
-    words = [sys.executable, "-m", "hexswarm.cli", "chat", "--max-new-tokens", "8"]
+def test_chat_on_a_terminal(said: dict[str, Done]) -> None:
+    done = said["terminal"]
+    assert done.returncode == 0
+    assert "Ada" in done.stdout
+    assert done.stdout.count("first token") == 2
+    assert "Traceback" not in done.stdout
+
+
+def typed(swarm: LocalSwarm, *lines: str) -> Done:
+    """`hexswarm chat` at a pseudo terminal, with a line typed at each prompt sign."""
+    words = [sys.executable, "-m", "hexswarm.cli", "chat", "--max-new-tokens", "12"]
     words += ["--bootstrap", swarm.bootstrap[0], "--home", str(swarm.home / "terminal")]
     here, there = pty.openpty()
     process = subprocess.Popen(
@@ -114,16 +105,14 @@ def test_chat_on_a_terminal(swarm: LocalSwarm) -> None:
     os.close(there)
     seen = ""
     try:
-        for line in ("My name is Ada.", "What is my name?", "/exit"):
+        for line in lines:
             seen += _read_until(here, "> ")
             os.write(here, f"{line}\n".encode())
-        assert process.wait(20) == 0
+        return subprocess.CompletedProcess(words, process.wait(20), seen)
     finally:
         process.kill()
         process.wait()
         os.close(here)
-    assert seen.count("first token") == 2
-    assert "Traceback" not in seen
 
 
 def _read_until(terminal: int, sign: str, timeout_s: float = 60) -> str:

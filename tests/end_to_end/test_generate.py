@@ -188,9 +188,9 @@ def test_generate_of_the_package_knows_both_loops(swarm: LocalSwarm) -> None:
 
 def test_eight_threads_get_the_answers_that_each_gets_alone(client: Client) -> None:
     prompts = [chat(f"{question} {n}") for n in (1, 2) for question in QUESTIONS]
-    alone = [client.generate(prompt, max_new_tokens=12).ids for prompt in prompts]
+    alone = [client.generate(prompt, max_new_tokens=8).ids for prompt in prompts]
     with ThreadPoolExecutor(len(prompts)) as pool:
-        together = pool.map(lambda prompt: client.generate(prompt, max_new_tokens=12).ids, prompts)
+        together = pool.map(lambda prompt: client.generate(prompt, max_new_tokens=8).ids, prompts)
         assert list(together) == alone
 
 

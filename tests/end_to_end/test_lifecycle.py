@@ -21,6 +21,7 @@ import pytest
 
 from hexswarm.blocking import Client
 from hexswarm.demo import Process
+from hexswarm.dht import load_remembered
 from hexswarm.errors import HexswarmError, NetworkError
 from hexswarm.records import PeerId
 from tests.end_to_end.conftest import POOL
@@ -62,10 +63,10 @@ def states(client: Client) -> dict[PeerId, str]:
 
 
 def remembered(local: LivingSwarm, *names: str) -> None:
-    """Wait until these nodes have written down whom they met: that takes them ten seconds."""
+    """Wait until these nodes have written down whom they met: at the latest after ten seconds."""
     for name in names:
         file = local.home / name / "peers.json"
-        until(file.exists, 20, f"{name} remembers its peers")
+        until(lambda file=file: load_remembered(file), 20, f"{name} remembers its peers")
 
 
 def middle_of(local: LivingSwarm, answer: Any) -> Process:

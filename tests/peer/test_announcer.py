@@ -91,6 +91,15 @@ def test_load_is_compared_with_what_was_said() -> None:
     assert made.due(ME, 16.0)
 
 
+def test_a_pool_that_is_whole_again_is_told() -> None:
+    """However little was missing: else a request for all of it would be refused for long."""
+    made = told()
+    used = replace(ME, free_kv_tokens=POOL - 1)
+    made.stamp(used, 10.0, WALL)
+    assert not made.due(ME, 10.0 + LOAD_EVERY_S - 0.01)
+    assert made.due(ME, 10.0 + LOAD_EVERY_S)
+
+
 @given(st.lists(st.floats(0, 4e9), min_size=1, max_size=20))
 def test_the_sequence_rises_even_if_the_clock_steps_back(walls: list[float]) -> None:
     """Others keep the word with the higher sequence: ours must never look old to them."""
