@@ -55,7 +55,9 @@ Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
 """Text, chat messages of role and content, or token ids."""
 
 ATTEMPTS = 4
-"""Routes tried for one session before the last refusal is the answer."""
+"""Routes that may refuse one session before the last refusal is the answer."""
+SEARCH_S = 20.0
+"""So long dead peers, which the directory names for another minute or two, are passed over."""
 STALE_S = 30.0
 """A request waits for a fresh reading of the directory if the last one is older than this; the
 background reading comes every 10 s."""
@@ -309,7 +311,8 @@ class AsyncClient:
         await self._member.refresh(self.spec_digest, older_s=STALE_S)
         deny: set[PeerId] = set()
         refusal: Refused | PeerLost | None = None
-        for _ in range(ATTEMPTS):
+        refusals, give_up_s = 0, self._clock.monotonic() + SEARCH_S
+        while refusals < ATTEMPTS and self._clock.monotonic() < give_up_s:
             try:
                 route = await self._route(prompt_tokens, new_tokens, frozenset(deny))
             except NoRoute:
@@ -323,6 +326,7 @@ class AsyncClient:
                 await self._opened(session)
             except (Refused, PeerLost) as error:
                 refusal = error
+                refusals += isinstance(error, Refused)
                 deny.add(PeerId(error.peer))
                 self._forget_lost(error)
             else:

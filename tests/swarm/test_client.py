@@ -297,6 +297,16 @@ async def _rest(stream: Answer) -> list[str]:
 
 
 @scenario
+async def test_any_number_of_dead_peers_is_passed_over() -> None:
+    """The directory names the dead for a minute and a half; one living peer is enough."""
+    async with client((0, 2), *[(2, 4)] * 9, (4, 6)) as (w, c):
+        for number in range(1, 9):
+            w.network.cut(PeerId(f"p{number}"))
+        found = await c.generate(PROMPT, max_new_tokens=3)
+        assert found.route.stages[1].peer == "p9"
+
+
+@scenario
 async def test_a_conversation_moves_when_its_peers_go() -> None:
     async with client(*SPARED) as (w, c), c.conversation() as talk:
         first = await talk.generate(PROMPT, max_new_tokens=3)
