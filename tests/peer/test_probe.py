@@ -1,0 +1,72 @@
+"""The self-test at start: what it runs is legal, what it finds is finite, what it stores comes back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hexswarm.peer.probe import (
+    MOST_EFFICIENT,
+    SHORT_TOKENS,
+    Measured,
+    _efficient_tokens,
+    cached,
+    measure,
+)
+from hexswarm.peer.steps import Activations, Batch
+from hexswarm.records import Span, Speed
+
+FOUND = Measured(Speed(0.001, 0.0001, 0.01), 77)
+
+
+@pytest.mark.parametrize("span", [Span(0, 2), Span(2, 4), Span(4, 6), Span(0, 6)])
+def test_it_runs_legal_rows_only(span: Span) -> None:
+    seen = []
+
+    def run(batch: Batch) -> None:
+        (row,) = batch.rows
+        assert row.position + row.count <= 16 * len(row.blocks)
+        if span.first == 0:
+            assert len(row.payload) == row.count
+        else:
+            assert isinstance(row.payload, Activations)
+            assert len(row.payload.data) == row.count * 8 * 4
+        assert row.sample <= (span.end == 6), "only a tail samples"
+        assert (row.policy is not None) == (span.end == 6)
+        seen.append(row.count)
+
+    found = measure(run, span, layers=6, hidden=8, dtype="float32")
+    assert len(set(seen)) == 3
+    assert found.speed.decode_layer_s >= 0
+    assert (found.speed.head_s == 0) or span.end == 6
+    assert SHORT_TOKENS <= found.efficient_tokens <= MOST_EFFICIENT
+
+
+def test_efficient_tokens_are_fixed_cost_over_cost_per_token() -> None:
+    assert _efficient_tokens(0.016 + 0.100, 0.128 + 0.100) == 100
+    assert _efficient_tokens(0.016, 0.128) == SHORT_TOKENS, "no fixed cost"
+    assert _efficient_tokens(0.1, 0.1) == MOST_EFFICIENT, "tokens for nothing"
+    assert _efficient_tokens(0.2, 0.1) == MOST_EFFICIENT, "noise"
+
+
+def test_a_measurement_is_kept_for_what_it_was_made_for(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "speed.json"
+    calls = []
+
+    def probe() -> Measured:
+        calls.append(1)
+        return FOUND
+
+    assert cached(path, ("a", 1), probe) == FOUND
+    assert cached(path, ("a", 1), probe) == FOUND
+    assert len(calls) == 1
+    cached(path, ("b", 1), probe)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "{", '{"x": 1}', "null"])
+def test_a_damaged_file_is_measured_anew(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "speed.json"
+    path.write_text(damage)
+    assert cached(path, ("a",), lambda: FOUND) == FOUND
