@@ -100,9 +100,18 @@ class Options:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "top_k", "seed"):
+            value = getattr(self, name)
+            if not isinstance(value, int) and not (name == "seed" and value is None):
+                raise UsageError(f"{name} = {value!r} is not a whole number")
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            if not isinstance(getattr(self, name), int | float):
+                raise UsageError(f"{name} = {getattr(self, name)!r} is not a number")
         if self.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens = {self.max_new_tokens} is below 1")
-        if not all(isinstance(text, str) and text for text in self.stops):
+        if not isinstance(self.stop, str | Sequence) or not all(
+            isinstance(text, str) and text for text in self.stops
+        ):
             raise UsageError("stop strings are texts and not empty")
         self.sampling()
 
@@ -233,6 +242,7 @@ class AsyncClient:
         """
         import numpy as np
 
+        Options(max_new_tokens=max_new_tokens)  # raises UsageError
         await self.start()
         ids = self.encode(prompt)
         self.check_context(len(ids), max_new_tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 import time
@@ -35,6 +36,7 @@ def said(swarm: LocalSwarm) -> dict[str, Done]:
         "whole": lambda: swarm.hexswarm("generate", "-", "--no-stream", stdin=FRANCE + "\n"),
         "chat": lambda: swarm.hexswarm("chat", "--system", "Be brief.", *short, stdin=turns),
         "status": lambda: swarm.hexswarm("status", "--json"),
+        "interrupted": lambda: interrupted(swarm),
         "terminal": lambda: typed(swarm, "My name is Ada.", "What is my name?", "/exit"),
     }
     return all_of(calls)
@@ -71,6 +73,31 @@ def test_chat_takes_turns_from_a_pipe(said: dict[str, Done]) -> None:
     assert "Ada" in done.stdout
     assert "> " not in done.stdout
     assert done.stderr.count("first token") == 2, "the empty line ends the conversation"
+
+
+def interrupted(swarm: LocalSwarm) -> Done:
+    """`hexswarm generate` in mid-answer as Ctrl-C ends it, with all processes of the job."""
+    words = [sys.executable, "-m", "hexswarm.cli", "generate", "Tell me a long story."]
+    words += ["--bootstrap", swarm.bootstrap[0], "--home", str(swarm.home / "interrupted")]
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        begun = process.stdout.read(1)
+        os.killpg(process.pid, signal.SIGINT)
+        out, errors = process.communicate(timeout=30)
+        return subprocess.CompletedProcess(words, process.returncode, begun + out, errors)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_ctrl_c_ends_an_answer_without_a_word(said: dict[str, Done]) -> None:
+    done = said["interrupted"]
+    assert (done.returncode, done.stderr) == (130, "")
+    assert done.stdout
 
 
 def test_status_json_is_complete(said: dict[str, Done]) -> None:

@@ -270,6 +270,7 @@ def test_missing_layers_are_named(holed: LivingSwarm) -> None:
     [
         {"temperature": -0.1},
         {"temperature": float("nan")},
+        {"temperature": "1"},
         {"temperature": float("inf")},
         {"top_p": 0.0},
         {"top_p": 1.1},
@@ -282,6 +283,10 @@ def test_missing_layers_are_named(holed: LivingSwarm) -> None:
         {"seed": 1 << 64},
         {"max_new_tokens": 0},
         {"max_new_tokens": -5},
+        {"max_new_tokens": 2.5},
+        {"top_k": 1.5},
+        {"seed": "x"},
+        {"stop": 5},
         {"stop": ""},
         {"stop": ["a", ""]},
     ],
@@ -290,6 +295,12 @@ def test_missing_layers_are_named(holed: LivingSwarm) -> None:
 def test_values_out_of_range(tiny_client: Client, wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         tiny_client.generate("Hi", **wrong)
+
+
+@pytest.mark.parametrize("tokens", [0, -1, 2.5])
+def test_logits_check_how_many_too(tiny_client: Client, tokens: Any) -> None:
+    with pytest.raises(UsageError):
+        next(tiny_client.logits("Hi", tokens))
 
 
 @pytest.mark.parametrize("prompt", ["", [], [{"role": "user"}], [-1], [49152], [{"a": "b"}], [1.5]])

@@ -1,4 +1,4 @@
-"""The self-test at start: what it runs is legal, what it finds is finite, what it stores comes back."""
+"""The self-test at start: what it runs is legal, what it finds is finite, and it is kept."""
 
 from __future__ import annotations
 
