@@ -98,19 +98,26 @@ def _efficient_tokens(short_s: float, long_s: float) -> int:
 def cached(path: Path, parts: tuple[object, ...], probe: Callable[[], Measured]) -> Measured:
     """What is stored in `path` for `parts`, or a fresh measurement, stored."""
     key = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
-    stored: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):
-        stored = json.loads(path.read_text())
     with contextlib.suppress(KeyError, TypeError, ValueError):
-        decode, prefill, head, efficient = stored[key]
+        decode, prefill, head, efficient = _stored(path)[key]
         return Measured(Speed(float(decode), float(prefill), float(head)), int(efficient))
     found = probe()
     speed = found.speed
     times = [speed.decode_layer_s, speed.prefill_layer_s, speed.head_s]
-    with contextlib.suppress(OSError, TypeError):
-        stored[key] = [*times, found.efficient_tokens]
+    # Read again: other peers of this machine may have measured meanwhile.
+    entries = {**_stored(path), key: [*times, found.efficient_tokens]}
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f"{path.name}.{os.getpid()}")
-        draft.write_text(json.dumps(stored))
+        draft.write_text(json.dumps(entries))
         draft.replace(path)
     return found
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    """The entries on disk; an unreadable file counts as empty."""
+    with contextlib.suppress(OSError, ValueError):
+        entries = json.loads(path.read_text())
+        if isinstance(entries, dict):
+            return entries
+    return {}
