@@ -408,6 +408,7 @@ def test_many_sessions_give_right_tokens_under_concurrency() -> None:
     async def main() -> None:
         async with bench(blocks=12, head=True, chunk_tokens=32) as b:
             waiters: dict[bytes, asyncio.Future[int]] = {}
+            freed = asyncio.Event()
 
             async def pump() -> None:
                 while True:
@@ -427,13 +428,15 @@ def test_many_sessions_give_right_tokens_under_concurrency() -> None:
                     try:
                         b.engine.open(key, len(values) + 10)
                         break
-                    except KvFull:
-                        await asyncio.sleep(0)
+                    except KvFull:  # waiting, not spinning: that would starve the device thread
+                        freed.clear()
+                        await freed.wait()
                 assert await step(key, prompt(key, values)) == sum(values)
                 for i in range(10):
                     token = await step(key, decode(key, len(values) + i, i))
                     assert token == sum(values) + sum(range(i + 1))
                 b.engine.close(key)
+                freed.set()
 
             pumping = asyncio.create_task(pump())
             async with asyncio.timeout(20), asyncio.TaskGroup() as group:
