@@ -32,7 +32,7 @@ import msgpack
 
 from hexswarm.errors import RemoteProtocolError, UsageError
 from hexswarm.identity import Identity, verify
-from hexswarm.records import Announcement, GroupMembership, PeerId, Span, Speed
+from hexswarm.records import Announcement, Coordinates, GroupMembership, PeerId, Span, Speed
 
 ANNOUNCE_S = 30.0
 """Period of announcements."""
@@ -195,26 +195,33 @@ def _rank(record: SignedAnnouncement) -> tuple[int, float, bytes]:
 
 # --- body codec: a flat list, in this order -------------------------------------------------
 
-_FIELD_COUNT = 19
+_FIELD_COUNT = 25
 
 
 def _to_body(a: Announcement, expires_s: float) -> list[Any]:
     group = a.group and [a.group.group, a.group.rank, a.group.size, a.group.epoch]
+    place = a.coordinates and [
+        *a.coordinates.position_s,
+        a.coordinates.height_s,
+        a.coordinates.error,
+    ]
     return [
-        1,
+        2,
         *(a.peer, a.model, a.model_name[:96], a.layers),
         *([a.span.first, a.span.end], a.state, a.dtype),
         a.device,
-        [a.speed.decode_layer_s, a.speed.prefill_layer_s, a.speed.head_s],
+        [a.speed.decode_layer_s, a.speed.prefill_layer_s, a.speed.head_s, a.speed.row_layer_s],
         *(a.free_kv_tokens, a.queue_s, list(a.addresses), [list(pair) for pair in a.neighbours]),
         *(group, a.software, a.issued_s, a.sequence, expires_s),
+        *(a.rows, a.busy, a.kv_tokens, place, a.up_bytes_per_s, a.down_bytes_per_s),
     ]
 
 
 def _from_body(body: list[Any]) -> tuple[Announcement, float]:
     version, peer, model, name, layers, span, state, dtype, device, speed, *rest = body
-    free, queue_s, addresses, neighbours, group, software, issued_s, sequence, expires_s = rest
-    if version != 1:
+    free, queue_s, addresses, neighbours, group, software, issued_s, sequence, *rest = rest
+    expires_s, rows, busy, kv_tokens, place, up, down = rest
+    if version != 2:
         raise ValueError(f"record version {version!r}")
     announcement = Announcement(
         peer=PeerId(_text(peer, 64)),
@@ -225,7 +232,7 @@ def _from_body(body: list[Any]) -> tuple[Announcement, float]:
         state=_text(state, 16),  # type: ignore[arg-type]  # checked by the record
         dtype=_text(dtype, 16),
         device=_text(device, 64),
-        speed=Speed(*(_real(value) for value in _items(speed, 3))),
+        speed=Speed(*(_real(value) for value in _items(speed, 4))),
         free_kv_tokens=_integer(free, 1 << 40),
         queue_s=_real(queue_s),
         addresses=tuple(_text(address, 256) for address in _items(addresses)),
@@ -237,6 +244,12 @@ def _from_body(body: list[Any]) -> tuple[Announcement, float]:
         software=_text(software, 32),
         issued_s=_real(issued_s),
         sequence=_integer(sequence, 1 << 62),
+        rows=_real(rows),
+        busy=_real(busy),
+        kv_tokens=_integer(kv_tokens, 1 << 40),
+        coordinates=None if place is None else _place(_items(place, 5)),
+        up_bytes_per_s=None if up is None else _real(up),
+        down_bytes_per_s=None if down is None else _real(down),
     )
     return announcement, _real(expires_s)
 
@@ -246,6 +259,11 @@ def _group(items: list[Any]) -> GroupMembership:
     return GroupMembership(
         _text(name, 64), _integer(rank, 64), _integer(size, 64), _integer(epoch, 1 << 62)
     )
+
+
+def _place(items: list[Any]) -> Coordinates:
+    x, y, z, height_s, error = map(_real, items)
+    return Coordinates((x, y, z), height_s, error)
 
 
 def _unpack(data: bytes, count: int) -> list[Any]:

@@ -28,7 +28,7 @@ changing a call and the second by leaving that peer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 
@@ -106,13 +106,27 @@ class PeerLost(NetworkError):
 
 
 class NoRoute(HexswarmError):
-    """`missing` lists the [first, end) layer ranges that no usable peer serves."""
+    """No route meets the request.
+
+    `binding` names the constraint that decided: coverage, state, peers, trust, dtype, bandwidth,
+    kv, tpot, ttft, or both (each limit alone could be kept). `missing` lists the [first, end) layer
+    ranges that no usable peer serves; `achievable` the best predicted seconds of each limit alone
+    ("ttft_s", "tpot_s"), at the percentile asked for.
+    """
 
     def __init__(
-        self, cause: str, *, missing: Sequence[tuple[int, int]] = (), remedy: str = ""
+        self,
+        cause: str,
+        *,
+        missing: Sequence[tuple[int, int]] = (),
+        remedy: str = "",
+        binding: str = "coverage",
+        achievable: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__(cause, remedy=remedy)
         self.missing = tuple(missing)
+        self.binding = binding
+        self.achievable = dict(achievable or {})
 
 
 class Refused(HexswarmError):

@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import msgpack
 
 from hexswarm.errors import LocalProtocolError, RemoteProtocolError, UsageError
-from hexswarm.records import DTYPES, PeerId, Sampling, Span
+from hexswarm.records import DTYPES, Load, PeerId, Sampling, Span
 
 PROTOCOL_VERSION = 1
 MAX_HEADER_BYTES = 8192
@@ -76,6 +76,18 @@ def _flag(value: Any) -> bool:
 def _real(value: Any) -> float:
     if type(value) not in (int, float) or not math.isfinite(value):
         raise ValueError("a finite number was expected")
+    return float(value)
+
+
+def _share(value: Any) -> float:
+    if not 0 <= _real(value) <= 1:
+        raise ValueError("a number from 0 to 1 was expected")
+    return float(value)
+
+
+def _amount(value: Any) -> float:
+    if _real(value) < 0:
+        raise ValueError("a number that is not negative was expected")
     return float(value)
 
 
@@ -163,12 +175,23 @@ class Open(Message):
 
 @dataclass(frozen=True, slots=True)
 class Opened(Message):
-    """Stage to client: the lease is granted and the way to the successor is open."""
+    """Stage to client: the lease is granted and the way to the successor is open.
+
+    The last four fields tell the stage's `Load`: fresher than its announcement, and for nothing.
+    """
 
     KIND: ClassVar[int] = 4
     session: bytes = _wire(_session)
     epoch: int = _wire(_small)
     kv_tokens: int = _wire(_integer(1, MAX_TOKENS))
+    queue_s: float = _wire(_amount, default=0.0)
+    rows: float = _wire(_amount, default=0.0)
+    busy: float = _wire(_share, default=0.0)
+    free_kv_tokens: int = _wire(_integer(0, 1 << 40), default=0)
+
+    @property
+    def load(self) -> Load:
+        return Load(self.queue_s, self.rows, self.busy, self.free_kv_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +204,14 @@ class Refuse(Message):
     code: str = _wire(_text(16))
     reason: str = _wire(_text(256))
     retry_s: float = _wire(_real)
+    queue_s: float = _wire(_amount, default=0.0)
+    rows: float = _wire(_amount, default=0.0)
+    busy: float = _wire(_share, default=0.0)
+    free_kv_tokens: int = _wire(_integer(0, 1 << 40), default=0)
+
+    @property
+    def load(self) -> Load:
+        return Load(self.queue_s, self.rows, self.busy, self.free_kv_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,11 +341,83 @@ class GoAway(Message):
     exit_s: float = _wire(_real)
 
 
+@dataclass(frozen=True, slots=True)
+class Measure(Message):
+    """Client to peer: measure the way from you to `peer` now; the answer is `Measured`."""
+
+    KIND: ClassVar[int] = 15
+    nonce: int = _wire(_integer(0, (1 << 63) - 1))
+    peer: str = _wire(_peer)
+    addresses: tuple[str, ...] = _wire(_addresses)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured(Message):
+    """Round trip and jitter (as in `Link`) to `peer`, negative if it cannot be reached."""
+
+    KIND: ClassVar[int] = 16
+    nonce: int = _wire(_integer(0, (1 << 63) - 1))
+    peer: str = _wire(_peer)
+    rtt_s: float = _wire(_real)
+    jitter_s: float = _wire(_amount)
+    bytes_per_s: float = _wire(_amount)
+    """0 if not measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe(Message):
+    """A payload on the bulk lane whose arrival is timed; the answer is `Probed`."""
+
+    KIND: ClassVar[int] = 17
+    nonce: int = _wire(_integer(0, (1 << 63) - 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Probed(Message):
+    """How fast the probe came in, in bytes per second (0: it was too short to tell)."""
+
+    KIND: ClassVar[int] = 18
+    nonce: int = _wire(_integer(0, (1 << 63) - 1))
+    bytes_per_s: float = _wire(_amount)
+
+
+@dataclass(frozen=True, slots=True)
+class Trace(Message):
+    """Client to stage: where did the time of this session's decode steps go? (`Traced`)"""
+
+    KIND: ClassVar[int] = 19
+    session: bytes = _wire(_session)
+    epoch: int = _wire(_small)
+
+
+@dataclass(frozen=True, slots=True)
+class Traced(Message):
+    """Sums over the decode steps of a session at one stage, and what its prompt cost there."""
+
+    KIND: ClassVar[int] = 20
+    session: bytes = _wire(_session)
+    epoch: int = _wire(_small)
+    steps: int = _wire(_integer(0, MAX_TOKENS))
+    wait_s: float = _wire(_amount)
+    """From arrival to the start of the batch."""
+    compute_s: float = _wire(_amount)
+    """In batches, whole batches: what a row waits for."""
+    handle_s: float = _wire(_amount)
+    """Everything else between arrival and sending on: decoding, threads, encoding."""
+    prompt_wait_s: float = _wire(_amount)
+    prompt_compute_s: float = _wire(_amount)
+    rows: float = _wire(_amount)
+    """Mean rows in the batches of the decode steps."""
+    successor_rtt_s: float = _wire(_real)
+    """Median round trip to the next stage; negative if it was not measured."""
+
+
 _KINDS: dict[int, type[Message]] = {
     kind.KIND: kind
     for kind in (
         *(Hello, Ping, Pong, Open, Opened, Refuse, Generate, Tokens, Hidden),
         *(Token, Logits, Cancel, Close, Failed, GoAway),
+        *(Measure, Measured, Probe, Probed, Trace, Traced),
     )
 }
 _FIELDS = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NewType
 
 from hexswarm.errors import UsageError
@@ -109,11 +109,56 @@ class Speed:
     """Seconds per prompt token and layer, in a chunk of usual size."""
     head_s: float
     """Seconds for final norm, LM head and sampling of one token."""
+    row_layer_s: float = 0.0
+    """Seconds per layer that each further row of a decode batch adds to `decode_layer_s`."""
 
     def __post_init__(self) -> None:
-        for value in (self.decode_layer_s, self.prefill_layer_s, self.head_s):
+        for value in (self.decode_layer_s, self.prefill_layer_s, self.head_s, self.row_layer_s):
             if not (math.isfinite(value) and 0 <= value < 1e4):
                 raise UsageError("a measured speed is a finite, non-negative number of seconds")
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How busy a peer is at one moment; announced, and told with every lease granted or refused."""
+
+    queue_s: float = 0.0
+    """Mean seconds that a decode step waits before it is computed."""
+    rows: float = 0.0
+    """Mean number of sessions in a decode batch, over all time: 0 when idle."""
+    busy: float = 0.0
+    """Share of the peer's throughput that is in use, 0 to 1. A session alone in a fast ring keeps a
+    device awake, yet uses little of it: a batch would serve others beside it."""
+    free_kv_tokens: int = 0
+    """Tokens for which every layer of the span has room."""
+
+    def __post_init__(self) -> None:
+        for value in (self.queue_s, self.rows, self.busy):
+            if not (math.isfinite(value) and value >= 0):
+                raise UsageError("load is told in finite numbers, not negative")
+        if self.busy > 1 or self.free_kv_tokens < 0:
+            raise UsageError("a peer is at most wholly busy, and free KV is not negative")
+
+
+@dataclass(frozen=True, slots=True)
+class Coordinates:
+    """Where a peer is in the delay space (Vivaldi, Dabek et al. 2004): see `router.vivaldi`.
+
+    The round trip between two peers is about the distance of their positions plus both heights.
+    """
+
+    position_s: tuple[float, float, float]
+    height_s: float
+    """What every way from here pays first: the access line, a relay."""
+    error: float
+    """Relative error of estimates made with it, as far as its owner can tell: 0.1 is 10 %."""
+
+    def __post_init__(self) -> None:
+        values = (*self.position_s, self.height_s, self.error)
+        if len(values) != 5 or not all(math.isfinite(value) for value in values):
+            raise UsageError("coordinates are five finite numbers")
+        if self.height_s < 0 or self.error < 0 or max(map(abs, values)) > 1e4:
+            raise UsageError("coordinates lie within hours, height and error are not negative")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +193,7 @@ class Announcement:
     free_kv_tokens: int
     """Tokens for which every layer of the span has room."""
     queue_s: float
-    """Seconds of work that waits at this moment."""
+    """Mean seconds that a decode step waits before it is computed."""
     addresses: tuple[str, ...]
     """Multiaddresses without /p2p suffix, relays included."""
     neighbours: tuple[tuple[PeerId, float], ...] = ()
@@ -158,6 +203,18 @@ class Announcement:
     issued_s: float = 0.0
     """Unix time of issue."""
     sequence: int = 0
+    rows: float = 0.0
+    """As in `Load`."""
+    busy: float = 0.0
+    """As in `Load`."""
+    kv_tokens: int = 0
+    """Tokens of the whole KV pool; 0 if not told."""
+    coordinates: Coordinates | None = None
+    """None until the first round trip was measured."""
+    up_bytes_per_s: float | None = None
+    """Fastest that it was seen to send; None if not measured."""
+    down_bytes_per_s: float | None = None
+    """Fastest that it was seen to receive; None if not measured."""
 
     def __post_init__(self) -> None:
         if self.span.end > self.layers:
@@ -166,8 +223,12 @@ class Announcement:
             raise UsageError(f"unknown dtype {self.dtype!r}")
         if self.state not in ("joining", "online", "draining"):
             raise UsageError(f"unknown state {self.state!r}")
-        if self.free_kv_tokens < 0 or not (math.isfinite(self.queue_s) and self.queue_s >= 0):
-            raise UsageError("free KV and queue delay are finite and not negative")
+        if self.kv_tokens < 0:
+            raise UsageError("a KV pool is not negative")
+        Load(self.queue_s, self.rows, self.busy, self.free_kv_tokens)  # checks
+        for speed in (self.up_bytes_per_s, self.down_bytes_per_s):
+            if speed is not None and not (math.isfinite(speed) and speed > 0):
+                raise UsageError("a measured bandwidth is finite and positive")
         if len(self.addresses) > 8 or len(self.neighbours) > 8:
             raise UsageError("an announcement lists at most 8 addresses and 8 neighbours")
         if self.sequence < 0 or not math.isfinite(self.issued_s):
@@ -177,13 +238,37 @@ class Announcement:
     def serving(self) -> bool:
         return self.state == "online" and (self.group is None or self.group.rank == 0)
 
+    @property
+    def relayed(self) -> bool:
+        """It is reached through relays alone."""
+        return bool(self.addresses) and all("/p2p-circuit" in item for item in self.addresses)
+
+    @property
+    def load(self) -> Load:
+        return Load(self.queue_s, self.rows, self.busy, self.free_kv_tokens)
+
+    def with_load(self, load: Load) -> Announcement:
+        """The same peer as somebody heard of it later."""
+        return replace(
+            self,
+            queue_s=load.queue_s,
+            rows=load.rows,
+            busy=load.busy,
+            free_kv_tokens=load.free_kv_tokens,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Link:
     """What is known of the way between two peers."""
 
     rtt_s: float
+    """Median."""
     bytes_per_s: float = math.inf
+    jitter_s: float = 0.0
+    """How much longer than the median the 95th percentile of the way one way is."""
+    relayed: bool = False
+    """The way leads through a relay."""
 
     @property
     def one_way_s(self) -> float:
@@ -205,10 +290,18 @@ class Route:
 
     stages: tuple[Stage, ...]
     ttft_s: float
-    """Predicted seconds to the first token."""
+    """Predicted seconds to the first token, median."""
     tpot_s: float
-    """Predicted seconds per further token: the length of the ring."""
+    """Predicted seconds per further token, median: the length of the ring."""
     spares: tuple[Route, ...] = ()
+    """Further routes within the limits, which share as few peers as possible."""
+    ttft_p95_s: float = 0.0
+    tpot_p95_s: float = 0.0
+    price: float = 0.0
+    """What the route takes from others, in layers of an idle peer: see `router.cost`."""
+    unmeasured: tuple[tuple[PeerId, PeerId], ...] = ()
+    """Ways of the ring that nobody has measured, counted as no time at all: the predictions are
+    bounds until they are measured, which a client does before it uses the route."""
 
     def __post_init__(self) -> None:
         reached = 0
@@ -235,7 +328,8 @@ class Route:
 class RouteRequest:
     """What a route must offer.
 
-    `ttft_s` and `tpot_s` are limits at the given percentile, None without limit.
+    `ttft_s` and `tpot_s` are limits at the given percentile, None without limit. With a limit the
+    cheapest route within it is wanted, without any the fastest.
     """
 
     model: str
@@ -252,6 +346,21 @@ class RouteRequest:
     """What a person calls the model; for messages only."""
     deny: frozenset[PeerId] = frozenset()
     allow: frozenset[PeerId] | None = None
+    trusted: frozenset[PeerId] | None = None
+    """If given, no other peer may see the request's activations."""
+    dtypes: frozenset[str] | None = None
+    """If given, weights of these element types only."""
+    min_bytes_per_s: float = 0.0
+    """Peers must be known to send and receive at least as fast."""
+    warm: frozenset[PeerId] = frozenset()
+    """Peers that the client has a link to: nothing needs to be dialled."""
+    spread: float = 0.0
+    """Relative difference in cost below which two routes are near-equal; of near-equal ones the
+    less busy of two drawn at random is taken, so that clients with the same view do not all take
+    the same. 0: always the best."""
+    previous: Route | None = None
+    """The route of this client's last request: kept unless another is better by more than
+    `router.routing.HYSTERESIS`, which keeps load from swinging."""
 
     @property
     def kv_tokens(self) -> int:

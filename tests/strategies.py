@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hexswarm.records import (
     DTYPES,
     Announcement,
+    Coordinates,
     GroupMembership,
     Link,
     ModelSpec,
@@ -51,6 +52,14 @@ speeds = st.builds(
     decode_layer_s=milliseconds(5),
     prefill_layer_s=milliseconds(2),
     head_s=milliseconds(3),
+    row_layer_s=milliseconds(1),
+)
+
+coordinates = st.builds(
+    Coordinates,
+    position_s=st.tuples(milliseconds(60), milliseconds(60), milliseconds(60)),
+    height_s=milliseconds(20),
+    error=st.sampled_from([0.0, 0.1, 1.0]),
 )
 
 
@@ -64,6 +73,8 @@ links = st.builds(
     Link,
     rtt_s=milliseconds(60),
     bytes_per_s=st.sampled_from([1e6, 12.5e6, float("inf")]),
+    jitter_s=milliseconds(9),
+    relayed=st.booleans(),
 )
 
 
@@ -99,6 +110,12 @@ def announcements(
         software="hexswarm/0.1.0",
         issued_s=draw(st.integers(0, 100)),
         sequence=draw(st.integers(0, 3)),
+        rows=draw(st.sampled_from([0.0, 1.0, 3.5])),
+        busy=draw(st.sampled_from([0.0, 0.5, 0.9])),
+        kv_tokens=4096,
+        coordinates=draw(st.none() | coordinates),
+        up_bytes_per_s=draw(st.sampled_from([None, 2.5e6, 125e6])),
+        down_bytes_per_s=draw(st.sampled_from([None, 12.5e6, 125e6])),
     )
 
 
