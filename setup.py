@@ -1,9 +1,10 @@
-"""Compiles the decoder layers in C, if there is a compiler; all else is in pyproject.toml.
+"""Compiles the C parts, if there is a compiler; all else is in pyproject.toml.
 
-The extension is optional: where it cannot be compiled the installation goes on, a warning shows at
-`pip install -v`, and PyTorch does its work (see kernels/native.py). It is declared here because in
-strict editable installs setuptools expects the file of an optional extension even when compiling
-it failed; the command below forgets it then, and removes one that an older source left behind.
+They are the decoder layers on CPUs and the router's search. Both are optional: where they cannot be
+compiled the installation goes on, a warning shows at `pip install -v`, and PyTorch and numpy do
+their work (see kernels/native.py, router/native.py). They are declared here because in strict
+editable installs setuptools expects the file of an optional extension even when compiling it
+failed; the command below forgets it then, and removes one that an older source left behind.
 """
 
 from pathlib import Path
@@ -27,7 +28,7 @@ class BuildOptional(build_ext):
         return {built: placed for built, placed in mapping.items() if Path(placed).exists()}
 
 
-NATIVE = Extension(
+LAYERS = Extension(
     "hexswarm.kernels._native",
     sources=["kernels/native.c"],
     depends=["kernels/native_layers.h"],  # also puts it into the source distribution
@@ -39,4 +40,11 @@ NATIVE = Extension(
     optional=True,
 )
 
-setup(ext_modules=[NATIVE], cmdclass={"build_ext": BuildOptional})
+ROUTER = Extension(
+    "hexswarm.router._native",
+    sources=["router/native.c"],
+    extra_compile_args=["-std=c11", "-O3", "-g0"],
+    optional=True,
+)
+
+setup(ext_modules=[LAYERS, ROUTER], cmdclass={"build_ext": BuildOptional})

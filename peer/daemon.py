@@ -1,15 +1,15 @@
 """`hexswarm peer`: from a config to a peer that serves, and back out again without loss.
 
-    resolve model ─ join ─ choose span ─ load ─ probe ─ announce ─ serve ─ drain ─ leave
+    resolve model ─ join ─ choose span ─ load ─ probe ─ settle ─ announce ─ serve ─ drain ─ leave
 
 Each part is somebody else's (store, loading, engine, stage table, links); this file owns the order
-in which they start and end.
+in which they start and end. To *settle* is to measure a few neighbours before the first word, so
+that it tells where in the network this peer is; nobody waits for it longer than `SETTLE_S`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 from collections.abc import Callable
@@ -18,11 +18,11 @@ from typing import Any
 from hexswarm.clock import RealClock
 from hexswarm.config import PeerConfig
 from hexswarm.directory import INDEX, sign
-from hexswarm.errors import PeerLost
 from hexswarm.identity import Identity
-from hexswarm.membership import Membership
+from hexswarm.membership import FEW_PEERS, Membership
+from hexswarm.peer.admission import Hosted
 from hexswarm.peer.announcer import Announcer
-from hexswarm.peer.cache import BlockTables
+from hexswarm.peer.cache import BLOCK_TOKENS, BlockTables
 from hexswarm.peer.engine import Engine
 from hexswarm.peer.loading import (
     MEMORY_SHARE,
@@ -33,12 +33,16 @@ from hexswarm.peer.loading import (
     span_for_memory,
 )
 from hexswarm.peer.memory import free_bytes
+from hexswarm.peer.neighbours import to_announce, to_measure
+from hexswarm.peer.pace import Pace
 from hexswarm.peer.scheduler import Policy, Scheduler
 from hexswarm.peer.server import PeerServer
-from hexswarm.peer.stage import Hosted, StageTable
+from hexswarm.peer.stage import StageTable
 from hexswarm.peer.steps import Result
+from hexswarm.peer.steptime import StepTime
 from hexswarm.progress import Progress
-from hexswarm.records import DTYPES, Announcement, PeerId, Span, State
+from hexswarm.records import DTYPES, Announcement, Coordinates, PeerId, Span, State
+from hexswarm.router import vivaldi
 from hexswarm.router.network import snapshot
 from hexswarm.store import ModelFolder, resolve
 from hexswarm.version import __version__
@@ -47,8 +51,15 @@ from hexswarm.wire import Frame
 log = logging.getLogger(__name__)
 
 TICK_S = 0.5
-NEIGHBOURS = 8
+SETTLE_S = 3.0
+SETTLE_PINGS = 3
 MEASURE_EVERY_S = 20.0
+"""A round of pings to a few neighbours."""
+YOUNG_S = 60.0
+"""A peer that is so young, or knows fewer than two others, measures them more often:"""
+YOUNG_EVERY_S = 2.0
+SHARED_S = 600.0
+"""Neighbours with which a session was shared so lately are announced first."""
 
 
 class Peer:
@@ -69,6 +80,8 @@ class Peer:
         self._state: State = "joining"
         self._stop = asyncio.Event()
         self._addresses: tuple[str, ...] = ()
+        self._place: Coordinates | None = None
+        self._online_s = 0.0
 
     @property
     def peer(self) -> PeerId:
@@ -99,7 +112,9 @@ class Peer:
             load, config, folder, span, device, dtype, self._progress
         )
         self._assemble()
+        await self._settle()
         self._state = "online"
+        self._online_s = self.clock.monotonic()
         await self._announce()
 
     async def serve(self) -> None:
@@ -141,9 +156,15 @@ class Peer:
             accelerator=served.device != "cpu",
         )
         tables = BlockTables(served.blocks, lease_s=self.config.lease_s)
-        scheduler = Scheduler(policy, tables.blocks)
+        speed = served.measured.speed
+        times = StepTime.probed(speed, len(served.span))
         engine = Engine(
-            served.runner, scheduler, tables, clock=self.clock, deliver=self._on_results
+            served.runner,
+            Scheduler(policy, tables.blocks, times=times),
+            tables,
+            clock=self.clock,
+            deliver=self._on_results,
+            pace=Pace(speed, served.span, spec.layers),
         )
         server = PeerServer(StageTable(hosted, engine), engine, self.member.links, self.clock)
         engine.start()
@@ -170,8 +191,9 @@ class Peer:
 
     def _current(self) -> Announcement:
         served, spec = self.served, self.served.folder.spec
-        engine = self.engine
+        engine, links = self.engine, self.member.links
         assert engine is not None
+        load = engine.load_now()
         return Announcement(
             peer=self.peer,
             model=spec.digest,
@@ -181,13 +203,26 @@ class Peer:
             state=self._state,
             dtype=served.dtype,
             device=served.device,
-            speed=served.measured.speed,
-            free_kv_tokens=engine.free_tokens,
-            queue_s=engine.queue_s(),
+            speed=engine.speed_now() or served.measured.speed,
+            free_kv_tokens=load.free_kv_tokens,
+            queue_s=load.queue_s,
             addresses=self._addresses[:8],
-            neighbours=tuple(sorted(self.member.links.rtts.items())[:NEIGHBOURS]),
+            neighbours=self._neighbours(),
             software=__version__,
+            rows=load.rows,
+            busy=load.busy,
+            kv_tokens=served.blocks * BLOCK_TOKENS,
+            coordinates=self._place,
+            up_bytes_per_s=links.up_bytes_per_s,
+            down_bytes_per_s=links.down_bytes_per_s,
         )
+
+    def _neighbours(self) -> tuple[tuple[PeerId, float], ...]:
+        """Measured ways to peers of the directory: nobody else's concern are those to clients."""
+        known = {item.peer for item in self.member.others()}
+        links = self.member.links
+        rtts = {peer: rtt_s for peer, rtt_s in links.rtts.items() if peer in known}
+        return to_announce(rtts, links.used_within(SHARED_S))
 
     async def _announce(self) -> None:
         """Announce if it is time to."""
@@ -209,19 +244,36 @@ class Peer:
     async def _announce_for_ever(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
+            self.member.links.probe(item.peer for item in self.member.others())
             await self._announce()
 
+    async def _settle(self) -> None:
+        """Find out where we are before we say that we are there."""
+        await self._measure(SETTLE_PINGS, SETTLE_S)
+
     async def _measure_for_ever(self) -> None:
-        """Keep links to a few peers of the same model and measure the way to them."""
+        """Keep links to a few peers, measure the ways to them, and move with what is found."""
         while True:
-            digest = self.served.folder.spec.digest
-            others = [a for a in self.member.alive() if a.model == digest and a.peer != self.peer]
-            chosen = self._rng.sample(others, min(NEIGHBOURS, len(others)))
-            for other in chosen:
-                with contextlib.suppress(PeerLost):
-                    await self.member.links.connect(other.peer, other.addresses)
-                    self.member.links.ping(other.peer)
-            await asyncio.sleep(MEASURE_EVERY_S if others else TICK_S)
+            young = self.clock.monotonic() - self._online_s < YOUNG_S
+            few = len(self.member.others()) < FEW_PEERS
+            await asyncio.sleep(YOUNG_EVERY_S if young or few else MEASURE_EVERY_S)
+            await self._measure(1, SETTLE_S)
+
+    async def _measure(self, pings: int, within_s: float) -> None:
+        """One round: measure some neighbours at the same time, and correct our coordinates."""
+        others = self.member.others()
+        chosen = to_measure(others, self._place, self._rng)
+        targets = [(item.peer, item.addresses) for item in chosen]
+        ways = await self.member.links.measure_all(targets, pings, within_s)
+        samples = [
+            (item.coordinates, ways[item.peer].rtt_s) for item in chosen if item.peer in ways
+        ]
+        if self._place is None:
+            placed = [(at, rtt_s) for at, rtt_s in samples if at is not None]
+            self._place = vivaldi.fit(placed, self._rng)
+        # Among newcomers alone nobody has a place yet: the first to measure takes one.
+        for at, rtt_s in samples:
+            self._place = vivaldi.step(self._place, at, rtt_s, self._rng)
 
     async def _drain(self, server: PeerServer) -> None:
         """Say that we leave, let sessions end, hand back the rest."""

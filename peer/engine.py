@@ -38,8 +38,11 @@ from typing import Any, Protocol, TypeVar
 from hexswarm.clock import Clock
 from hexswarm.errors import HexswarmError, RemoteProtocolError, SessionClosed
 from hexswarm.peer.cache import BlockTables, Lease
+from hexswarm.peer.load import LoadMeter
+from hexswarm.peer.pace import Pace
 from hexswarm.peer.scheduler import Scheduler
 from hexswarm.peer.steps import Batch, Result, Row, SessionKey, Step
+from hexswarm.records import Load, Speed
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +59,8 @@ class Runner(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """What the device did since the engine started; differences of two loads give rates."""
+class Counters:
+    """What the device did since the engine started; differences of two give rates."""
 
     batches: int = 0
     rows: int = 0
@@ -77,7 +80,9 @@ class Engine:
         *,
         clock: Clock,
         deliver: Deliver,
+        pace: Pace | None = None,
     ) -> None:
+        """`pace`, if given, follows how fast batches really are."""
         self._runner = runner
         self._scheduler = scheduler
         self._cache = cache
@@ -89,7 +94,9 @@ class Engine:
         self._stopping = False
         self._crash_kinds: set[type[Exception]] = set()
         self._thread = threading.Thread(target=self._live, name="hexswarm-device", daemon=True)
-        self.load = Load()
+        self.counters = Counters()
+        self._pace = pace
+        self._meter = LoadMeter(clock.monotonic())
 
     def start(self) -> None:
         """Start the device thread; results will be delivered in the running event loop."""
@@ -153,10 +160,16 @@ class Engine:
         with self._wake:
             return self._cache.free_tokens
 
-    def queue_s(self) -> float:
-        """Expected seconds of work that waits."""
+    def load_now(self) -> Load:
+        """How busy this peer is: for its announcement, and for whoever asks for a lease."""
         with self._wake:
-            return self._scheduler.queue_s()
+            now, prompts_s = self._clock.monotonic(), self._scheduler.prompts_s()
+            return self._meter.load(now, prompts_s, self._cache.free_tokens)
+
+    def speed_now(self) -> Speed | None:
+        """The speed to announce, None without a `pace`."""
+        with self._wake:
+            return None if self._pace is None else self._pace.speed(self._clock.monotonic())
 
     def submit(self, steps: Iterable[Step]) -> None:
         """Take steps that arrived together; those in error are answered like a computed row."""
@@ -235,15 +248,26 @@ class Engine:
         with self._wake:
             if crash is None:
                 self._scheduler.finished(batch, ended_s, ended_s - started_s)
+                self._measure(batch, started_s, ended_s)
             self._account(batch, results, ended_s, ended_s - started_s, crash is not None)
-        self._post(results)
+        took_s, rows = ended_s - started_s, len(results)
+        self._post([result.timed(started_s, took_s, rows) for result in results])
+
+    def _measure(self, batch: Batch, started_s: float, ended_s: float) -> None:
+        """Tell the meters of a batch that was computed."""
+        waits_s = [started_s - row.ready_s for row in batch.rows if row.decode]
+        tokens = batch.tokens - len(waits_s)
+        marginal_s = self._scheduler.times.marginal(len(waits_s), tokens)
+        self._meter.computed(started_s, ended_s, waits_s, marginal_s)
+        if self._pace is not None:
+            self._pace.observe(batch, ended_s - started_s, ended_s)
 
     def _account(
         self, batch: Batch, results: list[Result], now: float, busy_s: float, crashed: bool
     ) -> None:
         """Count the batch, renew its leases, and take failed sessions' steps back."""
-        last = self.load
-        self.load = Load(
+        last = self.counters
+        self.counters = Counters(
             last.batches + 1,
             last.rows + len(batch.rows),
             last.tokens + batch.tokens,

@@ -3,8 +3,8 @@
 The probe drives the real runner, not a model of it: single-token steps (decode) and one chunk
 (prefill) in a scratch session. Seconds per layer are what the router wants (a session may use less
 than the whole span), so the LM head's share is measured apart: a step that samples minus one that
-does not. The figure is cached by everything that determines it; a peer restarted with the same
-span announces at once.
+does not; and so is what a further row adds to a decode batch: two rows minus one. The figure is
+cached by everything that determines it; a peer restarted with the same span announces at once.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ from typing import Any
 
 from hexswarm.peer.cache import blocks_of
 from hexswarm.peer.steps import Activations, Batch, Row, TailPolicy
+from hexswarm.peer.steptime import CHUNK_TOKENS
 from hexswarm.records import DTYPES, Sampling, Span, Speed
 
-CHUNK_TOKENS = 128
 SHORT_TOKENS = 16
 STEPS = 6
 REPEATS = 8
 MOST_EFFICIENT = 1024
+VERSION = 2
+"""Of the cached figures: raised when something else is measured, or otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,7 @@ def measure(
     run: Callable[[Batch], Any], span: Span, layers: int, hidden: int, dtype: str
 ) -> Measured:
     """Seconds per token and layer of `run`, which must accept rows on blocks from 0 on."""
-    blocks = tuple(range(blocks_of(CHUNK_TOKENS + STEPS)))
+    blocks = tuple(range(blocks_of(CHUNK_TOKENS + STEPS + 1)))
     head, tail = span.first == 0, span.end == layers
 
     def payload(count: int) -> object:
@@ -51,39 +53,50 @@ def measure(
             return [0] * count
         return Activations(bytes(count * hidden * DTYPES[dtype]), dtype)
 
-    def timed(position: int, count: int, sample: bool) -> float:
-        policy = TailPolicy(Sampling())
-        row = Row(
-            session=b"probe".ljust(16, b"\0"),
+    def row(session: bytes, position: int, count: int, sample: bool) -> Row:
+        return Row(
+            session=session.ljust(16, b"\0"),
             position=position,
             count=count,
             payload=payload(count),
             sample=sample and tail,
             blocks=blocks,
-            policy=policy if tail else None,
+            policy=TailPolicy(Sampling()) if tail else None,
         )
+
+    def timed(*rows: Row) -> float:
         began = time.perf_counter()
-        run(Batch((row,)))
+        run(Batch(rows))
         return time.perf_counter() - began
 
-    timed(0, CHUNK_TOKENS, sample=True)  # warm-up
+    def one(position: int, count: int, sample: bool = False) -> float:
+        return timed(row(b"probe", position, count, sample))
+
+    def pair(position: int) -> float:
+        """Two decode rows; they may share blocks, since nobody reads what they compute."""
+        return timed(row(b"probe", position, 1, False), row(b"other", position + 1, 1, False))
+
+    one(0, CHUNK_TOKENS, sample=True)  # warm-up
+    pair(CHUNK_TOKENS)
     # By turns, and the least of each: other peers may be starting on the same machine, and what
     # is wanted is the machine's own speed. Load is announced apart, as queue delay.
     rounds = [
         (
-            timed(0, SHORT_TOKENS, sample=False),
-            timed(0, CHUNK_TOKENS, sample=False),
-            timed(CHUNK_TOKENS + n % STEPS, 1, sample=False),
-            timed(CHUNK_TOKENS + n % STEPS, 1, sample=True),
+            one(0, SHORT_TOKENS),
+            one(0, CHUNK_TOKENS),
+            one(CHUNK_TOKENS + n % STEPS, 1),
+            one(CHUNK_TOKENS + n % STEPS, 1, sample=True),
+            pair(CHUNK_TOKENS + n % STEPS),
         )
         for n in range(REPEATS)
     ]
-    short, prefill, decode, full = (min(times) for times in zip(*rounds, strict=True))
+    short, prefill, decode, full, both = (min(times) for times in zip(*rounds, strict=True))
     head_s = max(0.0, full - decode) if tail else 0.0
     speed = Speed(
         decode_layer_s=decode / len(span),
         prefill_layer_s=prefill / CHUNK_TOKENS / len(span),
         head_s=head_s,
+        row_layer_s=max(0.0, both - decode) / len(span),
     )
     return Measured(speed, _efficient_tokens(short, prefill))
 
@@ -97,13 +110,14 @@ def _efficient_tokens(short_s: float, long_s: float) -> int:
 
 def cached(path: Path, parts: tuple[object, ...], probe: Callable[[], Measured]) -> Measured:
     """What is stored in `path` for `parts`, or a fresh measurement, stored."""
-    key = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+    key = hashlib.sha256(repr((VERSION, *parts)).encode()).hexdigest()[:32]
     with contextlib.suppress(KeyError, TypeError, ValueError):
-        decode, prefill, head, efficient = _stored(path)[key]
-        return Measured(Speed(float(decode), float(prefill), float(head)), int(efficient))
+        *times, efficient = _stored(path)[key]
+        decode, prefill, head, row = map(float, times)
+        return Measured(Speed(decode, prefill, head, row), int(efficient))
     found = probe()
     speed = found.speed
-    times = [speed.decode_layer_s, speed.prefill_layer_s, speed.head_s]
+    times = [speed.decode_layer_s, speed.prefill_layer_s, speed.head_s, speed.row_layer_s]
     # Read again: other peers of this machine may have measured meanwhile.
     entries = {**_stored(path), key: [*times, found.efficient_tokens]}
     with contextlib.suppress(OSError):

@@ -129,6 +129,7 @@ class _Pending:
     step: Step
     piece: int
     """Tokens of its largest row."""
+    ready_s: float
     done: int = 0
 
 
@@ -166,7 +167,7 @@ class Scheduler:
         fresh = self.policy.head and step.position == 0 and not step.decode
         piece = self._fresh_piece(step.count) if fresh else self.policy.chunk_tokens
         queue = self._waiting.setdefault(step.session, deque())
-        queue.append(_Pending(next(self._order), step, piece))
+        queue.append(_Pending(next(self._order), step, piece, now))
         if self._gathers and queue[0].step.decode:
             self.gather.arrived(step.session, now)
         self._expect_siblings(step, now)
@@ -189,7 +190,7 @@ class Scheduler:
 
     def finished(self, batch: Batch, now: float, elapsed_s: float) -> None:
         """The device computed `batch` in `elapsed_s`, ending now."""
-        decodes = sum(_is_decode(row) for row in batch.rows)
+        decodes = sum(row.decode for row in batch.rows)
         self.times.observe(decodes, batch.tokens - decodes, elapsed_s)
         if self._gathers:
             self.gather.worked(now, elapsed_s)
@@ -197,6 +198,8 @@ class Scheduler:
             if row.session in self._flying and self._gathers and row.sample:
                 self.gather.departed(row.session, now)
             self._flying.discard(row.session)
+            if behind := self._waiting.get(row.session):
+                behind[0].ready_s = now
 
     def drop(self, session: SessionKey) -> int | None:
         """What the session has waiting vanishes; the position of its first token, if any waited."""
@@ -209,13 +212,16 @@ class Scheduler:
         """Tokens of the session that wait."""
         return sum(p.step.count - p.done for p in self._waiting.get(session, ()))
 
-    def queue_s(self) -> float:
-        """Expected seconds of work that waits."""
-        waiting = [pending for queue in self._waiting.values() for pending in queue]
-        rows = sum(pending.step.decode for pending in waiting)
+    def prompts_s(self) -> float:
+        """Expected seconds of the prompts that wait.
+
+        Decode steps are not counted: they wait for one batch at most, and how long they really
+        waited is known (`hexswarm.peer.load`).
+        """
+        waiting = (pending for queue in self._waiting.values() for pending in queue)
         tokens = sum(p.step.count - p.done for p in waiting if not p.step.decode)
-        batches = max(-(-tokens // self.policy.chunk_tokens), -(-rows // self.policy.max_rows))
-        return self.times.predict(rows, tokens) + max(0, batches - 1) * self.times.read_s
+        batches = -(-tokens // self.policy.chunk_tokens)
+        return self.times.predict(0, tokens) + max(0, batches - 1) * self.times.read_s
 
     def _ready(self) -> tuple[list[_Pending], list[_Pending]]:
         """The first pending step of each session: decodes and prompts, by arrival."""
@@ -300,6 +306,7 @@ class Scheduler:
             turn=step.turn,
             span=step.span,
             policy=step.policy,
+            ready_s=pending.ready_s,
         )
 
 
@@ -312,10 +319,6 @@ def slice_payload(payload: Any, count: int, first: int, tokens: int) -> Any:
         data = memoryview(payload.data)[first * size : (first + tokens) * size]
         return replace(payload, data=data)
     return payload[first : first + tokens]
-
-
-def _is_decode(row: Row) -> bool:
-    return row.count == 1 and row.sample and row.position > 0
 
 
 def _grains(tokens: int) -> int:

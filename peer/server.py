@@ -1,7 +1,8 @@
 """The effects of a peer's sessions: frames to the stage table, steps to the engine, results back.
 
-Everything decided lives in `stage.py` (sessions), `scheduler.py` (batches) and `cache.py` (KV);
-this file only moves things between them and the links, on the event loop.
+Everything decided lives in `stage.py` (sessions), `admission.py` (who gets one), `scheduler.py`
+(batches) and `cache.py` (KV); this file only moves things between them and the links, on the event
+loop.
 """
 
 from __future__ import annotations
@@ -9,17 +10,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Iterable
+from dataclasses import replace
 
 from hexswarm.clock import Clock
 from hexswarm.errors import HexswarmError
 from hexswarm.links import Links, Outgoing
+from hexswarm.peer.actions import STEP, Action, Dial, Drop, Report, Send, Submit, Watch
 from hexswarm.peer.engine import Engine
-from hexswarm.peer.stage import Action, Dial, Drop, Send, StageTable, Submit, Watch
+from hexswarm.peer.stage import StageTable
 from hexswarm.peer.steps import Result, Step
+from hexswarm.peer.tracing import UNMEASURED_S
 from hexswarm.records import PeerId
 from hexswarm.wire import Frame
 
 EXPIRE_EVERY_S = 5.0
+"""How exactly leases end. Reservations end to the moment: this is shorter than they last, so that
+each is seen before its end."""
 
 
 class PeerServer:
@@ -42,11 +48,13 @@ class PeerServer:
     def deliver(self, results: list[Result]) -> None:
         """What the device thread finished; called on the event loop."""
         self.carry_out(self.table.on_results(results, self._clock.monotonic()))
+        self.table.sent(self._clock.monotonic())
 
     async def expire_for_ever(self) -> None:
         while True:
-            await asyncio.sleep(EXPIRE_EVERY_S)
-            self.carry_out(self.table.expire())
+            due_s = self.table.expires_s - self._clock.monotonic()
+            await asyncio.sleep(min(EXPIRE_EVERY_S, max(0.0, due_s)))
+            self.carry_out(self.table.expire(self._clock.monotonic()))
 
     async def quiet(self, timeout_s: float) -> None:
         """Wait until no session is open, at most `timeout_s`."""
@@ -64,6 +72,10 @@ class PeerServer:
                     steps.append(step)
                 case Send(peer=peer, message=message, payload=payload, lane=lane):
                     sends.setdefault((peer, lane), []).append((message, payload))
+                case Report(peer=peer, message=message, successor=successor):
+                    rtt_s = self.links.rtts.get(successor, UNMEASURED_S)
+                    told = replace(message, successor_rtt_s=rtt_s)
+                    sends.setdefault((peer, STEP), []).append((told, b""))
                 case Watch(peer=peer, on=on):
                     (self.links.watch if on else self.links.unwatch)(peer)
                 case Drop(session=session):
@@ -83,5 +95,6 @@ class PeerServer:
         ok = False
         with contextlib.suppress(HexswarmError):
             await self.links.connect(dial.peer, dial.addresses)
+            self.links.ping(dial.peer)  # a trace will tell how long this way is
             ok = True
         self.carry_out(self.table.dialled(dial.session, dial.epoch, ok))

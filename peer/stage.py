@@ -8,12 +8,14 @@ client only listens.
 
 Who may say what (everything else is dropped, and unknown and foreign sessions answer alike):
 
-    Open, Generate, Cancel, Close     the client that opened the session
-    Tokens                            the client; the tail (at the head, same turn)
-    Hidden                            the predecessor
+    Open, Generate, Cancel, Close, Trace    the client that opened the session
+    Tokens                                  the client; the tail (at the head, same turn)
+    Hidden                                  the predecessor
 
 A step of an older turn or epoch is late and dropped. The tail holds the last step of a prompt
-back until it has been told how to sample that turn, since client and ring race.
+back until it has been told how to sample that turn, since client and ring race; to other stages
+the same word tells only that the session began. Whether a session may open, and how long it lives
+unused, is decided in `peer/admission.py`; where its time goes is summed in `peer/tracing.py`.
 """
 
 from __future__ import annotations
@@ -21,10 +23,9 @@ from __future__ import annotations
 import array
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import replace
 
-from hexswarm.errors import RemoteProtocolError, SessionClosed, UsageError
+from hexswarm.errors import UsageError
 from hexswarm.messages import (
     Cancel,
     Close,
@@ -33,132 +34,29 @@ from hexswarm.messages import (
     GoAway,
     Hidden,
     Logits,
-    Message,
     Open,
-    Opened,
-    Refuse,
     Token,
     Tokens,
-    neighbour,
+    Trace,
 )
-from hexswarm.peer.cache import KvFull
-from hexswarm.peer.steps import Activations, Result, Row, SessionKey, Step, TailPolicy
-from hexswarm.records import DTYPES, PeerId, Sampling, Span
+from hexswarm.peer.actions import (
+    Action,
+    Dial,
+    Drop,
+    Report,
+    Send,
+    Submit,
+    Watch,
+    number_siblings,
+)
+from hexswarm.peer.admission import RESERVE_S, Admission, Hosted, Ledger
+from hexswarm.peer.sessions import StageSession
+from hexswarm.peer.steps import Activations, Result, SessionKey, Step, TailPolicy
+from hexswarm.peer.tracing import UNMEASURED_S, Account
+from hexswarm.records import DTYPES, PeerId, Sampling
 from hexswarm.wire import Frame
 
-STEP, BULK = 0, 1
-MAX_SESSIONS_PER_CLIENT = 256
-
-
-class Ledger(Protocol):
-    """KV leases; `peer/engine.py` is one."""
-
-    def open(self, session: SessionKey, tokens: int) -> object: ...
-    def extend(self, session: SessionKey, tokens: int) -> object: ...
-    def close(self, session: SessionKey) -> bool: ...
-    def expire(self) -> list[SessionKey]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Hosted:
-    """What this peer serves."""
-
-    peer: PeerId
-    digest: str
-    span: Span
-    layers: int
-    hidden: int
-
-
-# --- actions ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Dial:
-    """Have a link to `peer`, then report `dialled(session, epoch, ok)`."""
-
-    session: SessionKey
-    epoch: int
-    peer: PeerId
-    addresses: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    peer: PeerId
-    message: Message
-    payload: bytes | memoryview = b""
-    lane: int = STEP
-
-
-@dataclass(frozen=True, slots=True)
-class Submit:
-    """Give a step to the engine."""
-
-    step: Step
-
-
-@dataclass(frozen=True, slots=True)
-class Drop:
-    """Forget the steps of a session that have not been computed."""
-
-    session: SessionKey
-
-
-@dataclass(frozen=True, slots=True)
-class Watch:
-    """Begin (or with `on` false end) to depend on the life of `peer`."""
-
-    peer: PeerId
-    on: bool = True
-
-
-Action = Dial | Send | Submit | Drop | Watch
-
-
 _LOGITS = TailPolicy(Sampling(), logits=True)
-
-
-@dataclass(slots=True)
-class _Session:
-    opened: Open
-    client: PeerId
-    head: bool
-    tail: bool
-    turn: int = 0
-    cancelled: int = -1
-    policy: TailPolicy | None = None
-    policy_turn: int = -1
-    produced: int = 0
-    max_new: int = 0
-    stop_ids: frozenset[int] = frozenset()
-    held: list[Step] = field(default_factory=list)
-    bulk_turn: int = -1
-    """Pieces of this turn's prompt went by the bulk lane, and its end did not yet."""
-
-    @property
-    def key(self) -> SessionKey:
-        return self.opened.session
-
-    @property
-    def epoch(self) -> int:
-        return self.opened.epoch
-
-    @property
-    def span(self) -> Span:
-        return self.opened.span
-
-    @property
-    def predecessor(self) -> PeerId | None:
-        return neighbour(self.opened.predecessor)
-
-    @property
-    def successor(self) -> PeerId | None:
-        return neighbour(self.opened.successor)
-
-    def watched(self, me: PeerId) -> set[PeerId]:
-        peers = {self.client, self.predecessor, self.successor} - {None, me}
-        return {peer for peer in peers if peer is not None}
 
 
 class StageTable:
@@ -167,15 +65,23 @@ class StageTable:
     def __init__(self, hosted: Hosted, ledger: Ledger) -> None:
         self._hosted = hosted
         self._ledger = ledger
-        self._sessions: dict[SessionKey, _Session] = {}
-        self._draining = False
+        self._admission = Admission(hosted, ledger)
+        self._sessions: dict[SessionKey, StageSession] = {}
+        self._leaving: list[Account] = []
+        """Of the decode steps in the batch that is being sent on."""
+        self._finished_s = 0.0
 
     def __len__(self) -> int:
         return len(self._sessions)
 
     @property
     def draining(self) -> bool:
-        return self._draining
+        return self._admission.draining
+
+    @property
+    def expires_s(self) -> float:
+        """When `expire` should be called again, at the latest, for the sake of reservations."""
+        return self._admission.due_s
 
     # --- frames -----------------------------------------------------------------------------
 
@@ -188,7 +94,7 @@ class StageTable:
     def on_frame(self, peer: PeerId, frame: Frame, now: float) -> list[Action]:
         match frame.message:
             case Open() as message:
-                return self._open(peer, message)
+                return self._open(peer, message, now)
             case Tokens() as message:
                 return self._tokens(peer, message, frame.payload, now)
             case Hidden() as message:
@@ -200,49 +106,23 @@ class StageTable:
             case Close(session=key):
                 session = self._owned(peer, key)
                 return self._end(session) if session else []
+            case Trace() as message:
+                return self._trace(peer, message)
             case Failed(code="unknown") as message:
                 return self._abandoned(peer, message)
         return []
 
-    def _open(self, client: PeerId, message: Open) -> list[Action]:
-        refusal = self._why_not(client, message)
-        if refusal is None:
-            held = self._sessions.get(message.session)
-            try:
-                if held is None:
-                    self._ledger.open(message.session, message.kv_tokens)
-                else:
-                    self._ledger.extend(message.session, message.kv_tokens)
-            except KvFull as error:
-                refusal = ("full", f"KV is full: {error.cause}", error.retry_s)
-            except (UsageError, RemoteProtocolError, SessionClosed) as error:
-                refusal = ("invalid", error.cause, 0.0)
-        if refusal is not None:
-            refuse = Refuse(message.session, message.epoch, *refusal)
-            return [Send(client, refuse)]
-        return self._wire(client, message, held)
-
-    def _why_not(self, client: PeerId, message: Open) -> tuple[str, str, float] | None:
-        hosted = self._hosted
-        held = self._sessions.get(message.session)
-        if held is not None and (held.client != client or message.epoch < held.epoch):
-            return "invalid", "the session is not open to you", 0.0
-        if self._draining and held is None:
-            return "draining", "the peer is about to leave", 0.0
-        if message.digest != hosted.digest:
-            return "model", "another model is served here", 0.0
-        if message.first >= message.end or not hosted.span.covers(message.span):
-            return "span", f"layers {hosted.span} are served here", 0.0
-        if not message.successor and message.end < hosted.layers:
-            return "invalid", "only the last stage may go without a successor", 0.0
+    def _open(self, client: PeerId, message: Open, now: float) -> list[Action]:
+        session = self._sessions.get(message.session)
         mine = sum(session.client == client for session in self._sessions.values())
-        if held is None and mine >= MAX_SESSIONS_PER_CLIENT:
-            return "full", f"{MAX_SESSIONS_PER_CLIENT} sessions are open for you", 5.0
-        return None
+        refuse = self._admission.admit(client, message, session, mine, now)
+        if refuse is not None:
+            return [Send(client, refuse)]
+        return self._wire(client, message, session)
 
-    def _wire(self, client: PeerId, message: Open, held: _Session | None) -> list[Action]:
+    def _wire(self, client: PeerId, message: Open, held: StageSession | None) -> list[Action]:
         me, actions = self._hosted.peer, list[Action]()
-        session = _Session(
+        session = StageSession(
             opened=message,
             client=client,
             head=message.first == 0,
@@ -254,13 +134,14 @@ class StageTable:
             session.policy, session.policy_turn = held.policy, held.policy_turn
             session.produced, session.max_new = held.produced, held.max_new
             session.stop_ids, session.bulk_turn = held.stop_ids, held.bulk_turn
+            session.account = held.account
             if message.epoch == held.epoch:
                 session.held = held.held
         self._sessions[message.session] = session
         actions += [Watch(peer) for peer in session.watched(me)]
         successor = session.successor
         if successor in (None, me):
-            return [*actions, Send(client, self._granted(session))]
+            return [*actions, Send(client, self._admission.grant(message))]
         assert successor is not None
         dial = Dial(message.session, message.epoch, successor, message.successor_addresses)
         return [*actions, dial]
@@ -271,13 +152,11 @@ class StageTable:
         if session is None or session.epoch != epoch:
             return []
         if ok:
-            return [Send(session.client, self._granted(session))]
+            return [Send(session.client, self._admission.grant(session.opened))]
         reason = f"cannot reach the next peer {session.opened.successor[-8:]}"
-        refuse = Refuse(key, epoch, "unreachable", reason, 0.0)
-        return [Send(session.client, refuse), *self._end(session)]
-
-    def _granted(self, session: _Session) -> Opened:
-        return Opened(session.key, session.epoch, session.opened.kv_tokens)
+        ended = self._end(session)
+        refuse = self._admission.refuse(key, epoch, ("unreachable", reason, 0.0))
+        return [Send(session.client, refuse), *ended]
 
     # --- input --------------------------------------------------------------------------------
 
@@ -287,7 +166,7 @@ class StageTable:
             return self._unknown(peer, message.session, message.epoch)
         if not session.head or message.epoch != session.epoch:
             return []
-        if not self._enter(session, message.turn, lead=peer == session.client):
+        if not session.enter(message.turn, lead=peer == session.client):
             return []
         if not payload or len(payload) % 4:
             return self._fail(session, "input", "a prompt of whole uint32 ids was expected")
@@ -299,7 +178,7 @@ class StageTable:
             return self._unknown(peer, message.session, message.epoch)
         if session.head or message.epoch != session.epoch or peer != session.predecessor:
             return []
-        if not self._enter(session, message.turn, lead=True):
+        if not session.enter(message.turn, lead=True):
             return []
         size = message.count * self._hosted.hidden * DTYPES[message.dtype]
         if len(payload) != size:
@@ -308,23 +187,23 @@ class StageTable:
         activations = Activations(payload, message.dtype)
         return self._step(session, message, message.count, activations, now)
 
-    def _fed(self, peer: PeerId, message: Tokens | Hidden) -> _Session | None:
+    def _fed(self, peer: PeerId, message: Tokens | Hidden) -> StageSession | None:
         """The session, if `peer` takes part in it before us."""
         session = self._sessions.get(message.session)
         if session is None or peer not in (session.client, session.predecessor):
             return None
         return session
 
-    def _enter(self, session: _Session, turn: int, *, lead: bool) -> bool:
-        """Go on to `turn` if it is newer and the sender may begin one; False for late input."""
-        if turn > session.turn and lead:
-            session.turn = turn
-            session.held.clear()
-        return turn == session.turn and turn > session.cancelled
-
     def _step(
-        self, session: _Session, message: Tokens | Hidden, count: int, payload: object, now: float
+        self,
+        session: StageSession,
+        message: Tokens | Hidden,
+        count: int,
+        payload: object,
+        now: float,
     ) -> list[Action]:
+        self._admission.commit(session.key)
+        session.account.arrived_s = now
         step = Step(
             session=session.key,
             position=message.position,
@@ -337,15 +216,12 @@ class StageTable:
             span=session.span,
             policy=session.policy if session.successor is not None else _LOGITS,
         )
-        if session.tail and step.last and not self._told(session):
+        if session.tail and step.last and not session.told:
             if session.held:
                 return self._fail(session, "input", "a turn has one last step")
             session.held.append(step)
             return []
         return [Submit(step)]
-
-    def _told(self, session: _Session) -> bool:
-        return session.successor is None or session.policy_turn == session.turn
 
     def _unknown(self, peer: PeerId, key: SessionKey, epoch: int) -> list[Action]:
         """Tell a sender of work that nobody does it."""
@@ -363,7 +239,7 @@ class StageTable:
 
     # --- control ------------------------------------------------------------------------------
 
-    def _owned(self, peer: PeerId, key: SessionKey) -> _Session | None:
+    def _owned(self, peer: PeerId, key: SessionKey) -> StageSession | None:
         session = self._sessions.get(key)
         return session if session is not None and session.client == peer else None
 
@@ -371,7 +247,10 @@ class StageTable:
         session = self._owned(peer, message.session)
         if session is None:
             return self._unknown(peer, message.session, message.epoch)
-        if not session.tail or message.epoch != session.epoch:
+        if message.epoch != session.epoch:
+            return []
+        self._admission.commit(session.key)
+        if not session.tail:
             return []
         if message.turn < session.turn or message.turn <= session.cancelled:
             return []
@@ -386,8 +265,7 @@ class StageTable:
         session.produced, session.max_new = 0, message.max_new
         session.stop_ids = frozenset(message.stop_ids)
         if session.turn != message.turn:
-            session.turn = message.turn
-            session.held.clear()
+            session.begin(message.turn)
         held, session.held = session.held, []
         return [Submit(replace(step, policy=session.policy)) for step in held]
 
@@ -401,11 +279,26 @@ class StageTable:
         session.held.clear()
         return [Drop(session.key)]
 
+    def _trace(self, peer: PeerId, message: Trace) -> list[Action]:
+        session = self._owned(peer, message.session)
+        if session is None or message.epoch != session.epoch:
+            return []
+        successor = session.successor
+        known_s = 0.0 if successor == self._hosted.peer else UNMEASURED_S
+        told = session.account.told(session.key, session.epoch, known_s)
+        if successor in (None, self._hosted.peer):
+            return [Send(peer, told)]
+        assert successor is not None
+        return [Report(peer, told, successor)]
+
     # --- results ------------------------------------------------------------------------------
 
     def on_results(self, results: Iterable[Result], now: float) -> list[Action]:
         """What to do with a finished batch; frames for one neighbour stay together."""
         actions: list[Action] = []
+        self._leaving.clear()
+        self._finished_s = now
+        me = self._hosted.peer
         for result in results:
             session = self._sessions.get(result.row.session)
             if session is None:
@@ -413,15 +306,26 @@ class StageTable:
             if result.error is not None:
                 actions += self._fail(session, "engine", result.error[:200])
             elif result.row.turn == session.turn and result.row.turn > session.cancelled:
+                if session.account.finished(result, now) and session.successor != me:
+                    self._leaving.append(session.account)
                 actions += self._forward(session, result, now)
-        return _number_siblings(actions)
+        return number_siblings(actions)
 
-    def _forward(self, session: _Session, result: Result, now: float) -> list[Action]:
+    def sent(self, now: float) -> None:
+        """The actions of `on_results` have been carried out: that, too, was time of their steps.
+
+        Not of a ring of one, whose next step began when the last was computed.
+        """
+        for account in self._leaving:
+            account.handle_s += now - self._finished_s
+        self._leaving.clear()
+
+    def _forward(self, session: StageSession, result: Result, now: float) -> list[Action]:
         row = result.row
         here = (session.key, session.epoch, row.turn)
         if result.activations is not None and session.successor is not None:
             message = Hidden(*here, row.position, row.count, row.sample, result.activations.dtype)
-            lane = self._lane(session, row)
+            lane = session.lane(row)
             return [Send(session.successor, message, result.activations.data, lane)]
         position = row.position + row.count
         if result.logits is not None:
@@ -430,16 +334,9 @@ class StageTable:
             return self._chosen(session, here, position, result.token, now)
         return []
 
-    def _lane(self, session: _Session, row: Row) -> int:
-        """Prompts go by the bulk lane to their very end, which must not overtake their pieces."""
-        if row.count == 1 and row.sample and session.bulk_turn != row.turn:
-            return STEP
-        session.bulk_turn = -1 if row.sample else row.turn
-        return BULK
-
     def _chosen(
         self,
-        session: _Session,
+        session: StageSession,
         here: tuple[SessionKey, int, int],
         position: int,
         token: int,
@@ -476,19 +373,24 @@ class StageTable:
                 actions.append(Send(session.client, failed))
         return actions
 
-    def expire(self) -> list[Action]:
-        """End the leases that no step renewed."""
+    def expire(self, now: float) -> list[Action]:
+        """End the leases that no step renewed, and the reservations that nothing followed."""
         actions: list[Action] = []
         for key in self._ledger.expire():
-            session = self._sessions.get(key)
-            if session is not None:
-                actions += self._fail(session, "expired", "the lease ended without a step")
-                actions += self._end(session)
+            actions += self._expired(key, "the lease ended without a step")
+        for key in self._admission.overdue(now):
+            actions += self._expired(key, f"nothing came within {RESERVE_S:.0f} s of its opening")
         return actions
+
+    def _expired(self, key: SessionKey, reason: str) -> list[Action]:
+        session = self._sessions.get(key)
+        if session is None:
+            return []
+        return [*self._fail(session, "expired", reason), *self._end(session)]
 
     def drain(self, exit_s: float) -> list[Action]:
         """Refuse new sessions and ask the clients of the open ones to go elsewhere."""
-        self._draining = True
+        self._admission.draining = True
         clients = sorted({session.client for session in self._sessions.values()})
         return [Send(client, GoAway(exit_s)) for client in clients]
 
@@ -500,13 +402,13 @@ class StageTable:
             actions += self._end(session)
         return actions
 
-    def _fail(self, session: _Session, code: str, reason: str) -> list[Action]:
+    def _fail(self, session: StageSession, code: str, reason: str) -> list[Action]:
         failed = Failed(session.key, session.epoch, code, reason, self._hosted.peer)
         return [Send(session.client, failed)]
 
-    def _end(self, session: _Session) -> list[Action]:
+    def _end(self, session: StageSession) -> list[Action]:
         self._sessions.pop(session.key, None)
-        self._ledger.close(session.key)
+        self._admission.end(session.key)
         watched = sorted(session.watched(self._hosted.peer))
         return [Watch(peer, on=False) for peer in watched]
 
@@ -517,23 +419,3 @@ def _ids(payload: bytes) -> list[int]:
     if sys.byteorder == "big":
         ids.byteswap()
     return ids.tolist()
-
-
-def _number_siblings(actions: list[Action]) -> list[Action]:
-    """Say in each step how many of the same batch follow to the same neighbour."""
-    left: dict[PeerId, int] = {}
-    numbered: list[Action] = []
-    for action in reversed(actions):
-        if isinstance(action, Send) and action.lane == STEP:
-            action = _numbered(action, left)
-        numbered.append(action)
-    numbered.reverse()
-    return numbered
-
-
-def _numbered(send: Send, left: dict[PeerId, int]) -> Send:
-    if not isinstance(send.message, Tokens | Hidden):
-        return send
-    follow = left.get(send.peer, 0)
-    left[send.peer] = follow + 1
-    return replace(send, message=replace(send.message, siblings=follow)) if follow else send

@@ -67,6 +67,13 @@ class Row:
     """The layers that this session uses here (partial entry); None for all that the peer holds."""
     policy: TailPolicy | None = None
     """At the tail: how to end a sampled step; None elsewhere."""
+    ready_s: float = 0.0
+    """When it could first have been computed: it had arrived, and what its session asked for
+    before was done."""
+
+    @property
+    def decode(self) -> bool:
+        return self.count == 1 and self.sample and self.position > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +96,20 @@ class Result:
     """Little-endian float32, one per word of the vocabulary (client loop)."""
     error: str | None = None
     """Why this row, and only this row, failed; the session ends."""
+    wait_s: float = 0.0
+    """From `Row.ready_s` to the start of its batch."""
+    compute_s: float = 0.0
+    """Of its batch, all of it: what the row waited for."""
+    batch_rows: int = 1
+    """Rows in its batch, itself included."""
+
+    def timed(self, started_s: float, compute_s: float, batch_rows: int) -> Result:
+        """The same, with the times of its batch (by hand: `replace` takes half as long again)."""
+        row = self.row
+        return Result(
+            *(row, self.activations, self.token, self.logits, self.error),
+            *(max(0.0, started_s - row.ready_s), compute_s, batch_rows),
+        )
 
 
 @dataclass(frozen=True, slots=True)

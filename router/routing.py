@@ -1,203 +1,325 @@
-"""The first router: the fastest pipeline for one request, or a precise reason why there is none.
+"""The best pipeline for one request under its limits, or a precise reason why there is none.
 
-`find_route` is a pure function of a snapshot and a request. Among all routes of peers that serve
-the model, are permitted by the request and have room for its tokens, it takes the one with the
-least predicted time per token; of equal ones the least time to first token, then the lower peer
-ids. A stage may use less than its peer holds, entering or leaving in the middle of the span. Where
-the request states limits, only routes within them count; `NoRoute` names the best that can be had.
+`find_route` is a pure function of a snapshot and a request: of all routes of peers that the request
+may use (`candidates.py`), whose predicted times (`cost.py`) keep the request's limits at its
+percentile, the one of lowest price; without limits the one that has the whole answer soonest. The
+search is exact (`search.py`); in swarms of more than `EXACT_PEERS` it runs over the most promising
+candidates (`select.py`). Stages may use less than their peers hold.
 
-Price, percentiles and spreading of load are for a router that has them measured; it will have the
-same signature, of which this one leaves `now` and `rng` unused.
+*No herd.* Clients decide on views that are seconds old, so all would take the same best route, and
+then all leave it. Three remedies, each of which costs at most the request's `spread`:
+
+- *previous*: a client stays on its route of the last request unless another is better by more than
+  `HYSTERESIS`;
+- *perturbed costs*: the cost of each peer is raised by a random share of at most `spread`, so that
+  near-equal routes are drawn at random (follow the perturbed leader, Kalai and Vempala 2005). The
+  route found costs at most 1 + spread of the best; limits are kept on true times;
+- *power of two choices* (Mitzenmacher 2001): of two such draws the less busy is taken.
+
+Spares are the best routes that share the fewest peers with those before them.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from hexswarm.errors import NoRoute
+from hexswarm.errors import NoRoute, UsageError
 from hexswarm.records import PeerId, Route, RouteRequest, Span, Stage
 from hexswarm.router import cost
 from hexswarm.router.candidates import check, usable
 from hexswarm.router.network import Snapshot
-from hexswarm.router.search import Costs, Graph, any_ring, build_graph, rings
+from hexswarm.router.search import (
+    Nothing,
+    Problem,
+    Ring,
+    Solver,
+    cost_of,
+    evaluate,
+    solve,
+    ttft,
+    within,
+)
+from hexswarm.router.select import EXACT_PEERS, select
 
 SPARES = 2
 """Further routes told with the best one."""
 
-EQUAL = 1e-9
-"""Relative difference of two predictions below which they count as equal: rounding is 1e-15."""
+HYSTERESIS = 0.1
+"""Relative gain for which a client leaves the route of its last request. Smaller differences are
+within the error of the predictions (benchmarks/wan.py)."""
 
-TIES = 32
-"""So many routes of equal time per token are compared by the next criteria."""
+SHARED_COST = 1e9
+"""Cost that a spare route pays for each peer that an earlier route uses: beyond any real one, so
+that fewer shared peers always win."""
 
-CANDIDATES = 128
-"""So many routes of each order are tried against the limits of the request."""
-
-SHARED_S = 1e6
-"""Seconds that a spare route pays for each peer that an earlier route uses: beyond any real time,
-so that fewer shared peers always win over speed."""
+Rows = NDArray[np.intp]
 
 
 def find_route(snapshot: Snapshot, request: RouteRequest, now: float, rng: random.Random) -> Route:
-    """The route with the least time per token within the request's limits, with spares.
+    """The best route within the request's limits, with spares.
 
     Raises NoRoute, or UsageError for a request that makes no sense.
     """
     check(request)
-    graph = build_graph(usable(snapshot, request), request.layers)
-    decode = _decode_costs(snapshot, request, graph)
-    best = _best(snapshot, request, graph, decode)
-    routes = [best]
+    rows = usable(snapshot, request)
+    rows, problem = _problem(snapshot, request, rows)
+    solver = Solver(problem)
+    ring = _choose(snapshot, request, rows, solver, rng)
+    if ring is None:
+        raise _too_slow(solver, request)
+    rings = [ring]
     for _ in range(SPARES):
-        spare = _spare(snapshot, request, graph, decode, routes)
+        spare = _spare(solver, rings)
         if spare is None:
             break
-        routes.append(spare)
-    return replace(best, spares=tuple(routes[1:]))
+        rings.append(spare)
+    best, *spares = (_route(snapshot, request, rows, item) for item in rings)
+    return replace(best, spares=tuple(spares))
 
 
-def predict(snapshot: Snapshot, request: RouteRequest, stages: Sequence[Stage]) -> Route:
-    """`stages` as a route with its predicted times."""
-    return Route(
-        tuple(stages),
-        ttft_s=cost.time_to_first_token(snapshot, request, stages),
-        tpot_s=cost.time_per_token(snapshot, request, stages),
-    )
-
-
-def _decode_costs(snapshot: Snapshot, request: RouteRequest, graph: Graph) -> Costs:
-    """`cost.time_per_token` as arrays."""
-    one_way_s, per_byte_s = snapshot.distances([item.peer for item in graph.peers])
-    close = one_way_s + cost.HOP_S
-    np.fill_diagonal(close, 0.0)
-    hop = one_way_s + cost.HOP_S + request.hidden_bytes * per_byte_s
-    return Costs(
-        enter=np.array([cost.queue_s(item) for item in graph.peers]),
-        layer=np.array([item.speed.decode_layer_s for item in graph.peers]),
-        hop=hop,
-        onward=graph.onward(hop),
-        finish=np.array([item.speed.head_s for item in graph.peers]),
-        close=close,
-    )
-
-
-def _prefill_costs(snapshot: Snapshot, request: RouteRequest, graph: Graph, decode: Costs) -> Costs:
-    """`cost.time_to_first_token` as far as it is a sum: the way of the first chunk."""
-    _, tokens = cost.chunks(request)
-    _, per_byte_s = snapshot.distances([item.peer for item in graph.peers])
-    whole = Span(0, request.layers)
-    client = np.array(
-        [cost.client_s(snapshot, request, Stage(item.peer, whole)) for item in graph.peers]
-    )
-    hop = decode.hop + (tokens - 1) * request.hidden_bytes * per_byte_s
-    return replace(
-        decode,
-        layer=tokens * np.array([item.speed.prefill_layer_s for item in graph.peers]),
-        hop=hop,
-        onward=graph.onward(hop),
-        close=client[:, None] + client[None, :],
-    )
-
-
-def _rank(route: Route) -> tuple[float, list[PeerId], list[Span]]:
-    return (
-        route.ttft_s,
-        [stage.peer for stage in route.stages],
-        [stage.span for stage in route.stages],
-    )
-
-
-def _fits(request: RouteRequest, route: Route) -> bool:
-    return (request.ttft_s is None or route.ttft_s <= request.ttft_s) and (
-        request.tpot_s is None or route.tpot_s <= request.tpot_s
-    )
-
-
-def _best(snapshot: Snapshot, request: RouteRequest, graph: Graph, decode: Costs) -> Route:
-    """The first route within the limits in order of time per token; NoRoute if there is none."""
-    fastest: Route | None = None
-    tied: list[Route] = []
-    for stages in itertools.islice(rings(graph, decode), CANDIDATES):
-        route = predict(snapshot, request, stages)
-        fastest = fastest or route
-        if tied and route.tpot_s > tied[0].tpot_s * (1 + EQUAL):
-            break
-        if request.tpot_s is not None and route.tpot_s > request.tpot_s * (1 + EQUAL):
-            break
-        if _fits(request, route):
-            tied.append(route)
-        if len(tied) == TIES:
-            break
-    if tied:
-        return min(tied, key=_rank)
-    fastest = fastest or predict(snapshot, request, any_ring(graph))
-    return _best_by_first_token(snapshot, request, graph, decode, fastest)
-
-
-def _best_by_first_token(
-    snapshot: Snapshot, request: RouteRequest, graph: Graph, decode: Costs, fastest: Route
-) -> Route:
-    """No route of least time per token fits: look among those of least time to first token."""
-    if _fits(request, fastest):
-        return fastest
-    if request.tpot_s is not None and fastest.tpot_s > request.tpot_s:
-        raise _too_slow(request, fastest, fastest)
-    prefill = _prefill_costs(snapshot, request, graph, decode)
-    order = itertools.islice(rings(graph, prefill), CANDIDATES)
-    routes = [fastest, *(predict(snapshot, request, stages) for stages in order)]
-    fitting = [route for route in routes if _fits(request, route)]
-    if fitting:
-        return min(fitting, key=lambda route: (route.tpot_s, _rank(route)))
-    soonest = min(routes, key=lambda route: (route.ttft_s, _rank(route)))
-    raise _too_slow(request, fastest, soonest)
-
-
-def _too_slow(request: RouteRequest, fastest: Route, soonest: Route) -> NoRoute:
-    """Name the limit that binds, and the best that can be had."""
-    if request.tpot_s is not None and fastest.tpot_s > request.tpot_s:
-        return NoRoute(
-            f"the fastest route needs {fastest.tpot_s:.3g} s a token, the limit is "
-            f"{request.tpot_s:g} s",
-            remedy=f"allow tpot_s = {fastest.tpot_s * 1.1:.2g}",
-        )
-    if request.ttft_s is not None and soonest.ttft_s > request.ttft_s:
-        return NoRoute(
-            f"the soonest first token takes {soonest.ttft_s:.3g} s, the limit is "
-            f"{request.ttft_s:g} s",
-            remedy=f"allow ttft_s = {soonest.ttft_s * 1.1:.2g}",
-        )
-    return NoRoute(
-        f"no route keeps both limits: the fastest has its first token after {fastest.ttft_s:.3g} s "
-        f"and {fastest.tpot_s:.3g} s a token, the soonest after {soonest.ttft_s:.3g} s and "
-        f"{soonest.tpot_s:.3g} s a token",
-        remedy="relax one of the limits",
-    )
-
-
-def _spare(
+def replan(
     snapshot: Snapshot,
     request: RouteRequest,
-    graph: Graph,
-    decode: Costs,
-    routes: Sequence[Route],
-) -> Route | None:
-    """The next route within the limits that shares the fewest peers with those in `routes`.
+    route: Route,
+    hole: Span,
+    now: float,
+    rng: random.Random,
+) -> Route:
+    """`route` with other peers for the layers of `hole`, and all other stages as they are.
 
-    A route that uses all peers of an earlier one would die with it and is no spare.
+    The peers that served the hole are not used again. Raises NoRoute if the rest of the swarm
+    cannot fill it, and UsageError if the hole is not a whole number of stages.
     """
-    used = [{stage.peer for stage in route.stages} for route in routes]
-    uses = np.array([sum(item.peer in peers for peers in used) for item in graph.peers])
-    costs = replace(decode, enter=decode.enter + SHARED_S * uses)
-    for stages in itertools.islice(rings(graph, costs), TIES):
-        mine = {stage.peer for stage in stages}
-        if any(peers <= mine for peers in used):
+    check(request)
+    inside = [stage for stage in route.stages if hole.covers(stage.span)]
+    if not inside or sum(len(stage.span) for stage in inside) != len(hole):
+        raise UsageError(f"layers {hole} are not whole stages of the route")
+    kept = {stage.peer: stage.span for stage in route.stages if stage not in inside}
+    lost = frozenset(stage.peer for stage in inside)
+    rows = usable(snapshot, request, hole, lost)
+    columns = snapshot.columns(request.model)
+    rows = np.array([row for row in rows if columns.peers[row] not in kept], dtype=np.intp)
+    if len(rows) > EXACT_PEERS:
+        rows = select(snapshot, replace(request, ttft_s=None, tpot_s=None), rows)
+    fixed = [columns.index[peer] for peer in kept]
+    together = np.array(sorted({*fixed, *map(int, rows)}), dtype=np.intp)
+    problem = cost.build_problem(snapshot, request, together)
+    spans = [
+        kept.get(columns.peers[row])
+        or Span(max(hole.first, columns.first[row]), min(hole.end, columns.end[row]))
+        for row in together
+    ]
+    problem = replace(
+        problem,
+        first=np.array([span.first for span in spans], dtype=np.int32),
+        end=np.array([span.end for span in spans], dtype=np.int32),
+    )
+    solver = Solver(problem)
+    ring = solver.solve()
+    if isinstance(ring, Nothing):
+        raise _too_slow(solver, request)
+    return _route(snapshot, request, together, ring)
+
+
+def _problem(snapshot: Snapshot, request: RouteRequest, rows: Rows) -> tuple[Rows, Problem]:
+    """The search over the usable rows, and the rows of its peers."""
+    count = len(snapshot.columns(request.model).peers)
+    if count <= EXACT_PEERS:
+        barred = np.ones(count, dtype=np.bool_)
+        barred[rows] = False
+        every = np.arange(count)
+        return every, cost.build_problem(snapshot, request, every, barred)
+    if len(rows) > EXACT_PEERS:
+        rows = select(snapshot, request, rows)
+    return rows, cost.build_problem(snapshot, request, rows)
+
+
+def _choose(
+    snapshot: Snapshot, request: RouteRequest, rows: Rows, solver: Solver, rng: random.Random
+) -> Ring | None:
+    """The ring to take, by the rules of the module's text; None if none is within the limits."""
+    problem = solver.problem
+    held = _held(snapshot, request, rows, problem)
+    if request.spread <= 0 or held is not None:
+        best = _found(solver.solve())
+        if best is None:
+            return None
+        if held is not None and cost_of(problem, held) <= (1 + HYSTERESIS) * cost_of(problem, best):
+            return held
+        if request.spread <= 0:
+            return best
+    draws = [_found(solver.solve(_perturbed(problem, request.spread, rng))) for _ in range(2)]
+    found = [evaluate(problem, draw.peers, draw.ends) for draw in draws if draw is not None]
+    if not found:
+        return None
+    return min(found, key=lambda ring: (_load(snapshot, request, rows, ring), ring.peers))
+
+
+def _found(answer: Ring | Nothing) -> Ring | None:
+    return answer if isinstance(answer, Ring) else None
+
+
+def _held(snapshot: Snapshot, request: RouteRequest, rows: Rows, problem: Problem) -> Ring | None:
+    """The route of the last request as a ring of today, if it could still be used."""
+    if request.previous is None:
+        return None
+    index = snapshot.columns(request.model).index
+    place = {int(row): at for at, row in enumerate(rows)}
+    peers, ends = [], []
+    for stage in request.previous.stages:
+        at = place.get(index.get(stage.peer, -1))
+        if (
+            at is None
+            or not problem.first[at] <= stage.span.first < stage.span.end <= problem.end[at]
+        ):
+            return None
+        peers.append(at)
+        ends.append(stage.span.end)
+    if not ends or ends[-1] != problem.layers:
+        return None
+    ring = evaluate(problem, tuple(peers), tuple(ends))
+    return ring if within(problem, ring) else None
+
+
+def _perturbed(problem: Problem, spread: float, rng: random.Random) -> Problem:
+    """The same with the cost of each peer raised by a random share of at most `spread`."""
+    random_ = np.random.default_rng(rng.getrandbits(64))
+    return _dearer(problem, spread * random_.random(len(problem.first)), 0.0)
+
+
+def _spare(solver: Solver, rings: Sequence[Ring]) -> Ring | None:
+    """The best ring that shares the fewest peers with `rings`.
+
+    A ring that uses all peers of an earlier one would die with it and is no spare. Where the search
+    gives only such, few peers are to choose from, and each of the first ring is left out in turn.
+    """
+    problem = solver.problem
+    uses = np.zeros(len(problem.first))
+    for ring in rings:
+        uses[list(ring.peers)] += 1
+    apart = _dearer(problem, 0.0, SHARED_COST * uses)
+    found = _found(solver.solve(apart))
+    if found is None or _outlives(found, rings):
+        return found and evaluate(problem, found.peers, found.ends)
+    best: Ring | None = None
+    for peer in rings[0].peers:
+        end = problem.end.copy()
+        end[peer] = problem.first[peer]
+        found = _found(solve(replace(apart, end=end)))
+        if found is None or not _outlives(found, rings):
             continue
-        route = predict(snapshot, request, stages)
-        if _fits(request, route):
-            return route
-    return None
+        if best is None or cost_of(apart, found) < cost_of(apart, best):
+            best = found
+    return best and evaluate(problem, best.peers, best.ends)
+
+
+def _outlives(ring: Ring, earlier: Sequence[Ring]) -> bool:
+    """Does it lack a peer of each earlier ring?"""
+    return not any(set(other.peers) <= set(ring.peers) for other in earlier)
+
+
+def _dearer(problem: Problem, share: Any, enter: Any) -> Problem:
+    """The same with peers that cost `share` more, and `enter` more for each stage.
+
+    What is added to the objective is added as price, which no limit counts.
+    """
+    p, weight = problem, problem.weight_price
+    per_stage = weight * p.price_enter + p.weight_t * p.t_enter + p.weight_a * p.a_enter
+    per_layer = weight * p.price_layer + p.weight_t * p.t_layer + p.weight_a * p.a_layer
+    return replace(
+        problem,
+        price_enter=weight * p.price_enter + share * per_stage + enter,
+        price_layer=weight * p.price_layer + share * per_layer,
+        weight_price=1.0,
+    )
+
+
+def _load(snapshot: Snapshot, request: RouteRequest, rows: Rows, ring: Ring) -> float:
+    """How busy the peers of a ring are: the mean price of its layers."""
+    columns = snapshot.columns(request.model)
+    chosen = rows[list(ring.peers)]
+    prices = cost.price_per_layer(
+        columns.busy[chosen], columns.free_kv_tokens[chosen], columns.kv_tokens[chosen]
+    )
+    return float(np.dot(prices, np.diff([0, *ring.ends])) / request.layers)
+
+
+def _route(snapshot: Snapshot, request: RouteRequest, rows: Rows, ring: Ring) -> Route:
+    columns = snapshot.columns(request.model)
+    items = [columns.announcements[rows[peer]] for peer in ring.peers]
+    edges = itertools.pairwise((0, *ring.ends))
+    stages = tuple(
+        Stage(item.peer, Span(first, end), item.addresses)
+        for item, (first, end) in zip(items, edges, strict=True)
+    )
+    return predicted(snapshot, request, stages)
+
+
+def predicted(snapshot: Snapshot, request: RouteRequest, stages: Sequence[Stage]) -> Route:
+    """`stages` as a route with its predicted times, its price, and what has to be measured."""
+    median = cost.predict(snapshot, request, stages)
+    late = cost.predict(snapshot, request, stages, 95.0)
+    return Route(
+        tuple(stages),
+        ttft_s=median.ttft_s,
+        tpot_s=median.tpot_s,
+        ttft_p95_s=late.ttft_s,
+        tpot_p95_s=late.tpot_s,
+        price=cost.price(snapshot, request, stages),
+        unmeasured=_unmeasured(snapshot, request, stages),
+    )
+
+
+def _unmeasured(
+    snapshot: Snapshot, request: RouteRequest, stages: Sequence[Stage]
+) -> tuple[tuple[PeerId, PeerId], ...]:
+    peers = [stage.peer for stage in stages]
+    pairs = list(zip(peers, [*peers[1:], peers[0]], strict=True)) if len(peers) > 1 else []
+    if request.client is not None:
+        pairs += [(request.client, peer) for peer in peers]
+    return tuple(pair for pair in pairs if snapshot.known_link(*pair)[1] == "unmeasured")
+
+
+def _too_slow(solver: Solver, request: RouteRequest) -> NoRoute:
+    """Name the limit that binds, and the best that can be had."""
+    problem = solver.problem
+    free = replace(problem, limit_t=math.inf, limit_a=math.inf, weight_price=0.0)
+    quickest = solver.solve(replace(free, weight_t=1.0, weight_a=0.0, weight_max=0.0))
+    soonest = solver.solve(replace(free, weight_t=0.0, weight_a=1.0, weight_max=1.0))
+    if isinstance(quickest, Nothing) or isinstance(soonest, Nothing):
+        return NoRoute("no route was found", remedy="start more peers with `hexswarm peer`")
+    best_tpot, best_ttft = quickest.t, ttft(problem, soonest)
+    achievable = {"tpot_s": best_tpot, "ttft_s": best_ttft}
+    at = "" if request.percentile == 50 else f" at percentile {request.percentile:g}"
+    if best_tpot > problem.limit_t:
+        return NoRoute(
+            f"the fastest route needs {best_tpot:.3g} s a token{at}, the limit is "
+            f"{request.tpot_s:g} s",
+            remedy=f"allow {best_tpot * 1.05:.2g} s a token",
+            binding="tpot",
+            achievable=achievable,
+        )
+    if best_ttft > problem.limit_a:
+        return NoRoute(
+            f"the soonest first token takes {best_ttft:.3g} s{at}, the limit is "
+            f"{request.ttft_s:g} s",
+            remedy=f"allow {best_ttft * 1.05:.2g} s to the first token",
+            binding="ttft",
+            achievable=achievable,
+        )
+    return NoRoute(
+        f"no route keeps both limits{at}: the fastest has its first token after "
+        f"{ttft(problem, quickest):.3g} s and {best_tpot:.3g} s a token, the soonest after "
+        f"{best_ttft:.3g} s and {soonest.t:.3g} s a token",
+        remedy="relax one of the limits",
+        binding="both",
+        achievable=achievable,
+    )

@@ -1,220 +1,410 @@
-"""Shortest rings: stages that cover all layers once, one stage a peer, in order of their cost.
+"""The cheapest ring under two limits: stages that cover all layers once, one stage a peer.
 
-The layers are cut at every start and end of a span into *segments*. With the peers of a route
-given, its cost is linear in each point where one stage hands over to the next, so moving that point
-to the nearest cut never makes it worse; only these points are searched. (A stage that would become
-empty on the way is left out, which is no loss where links obey the triangle inequality.)
+A `Problem` states it in arrays, in the order of its peers. A ring has five sizes: its *price*, the
+*time per token* t, and three parts of the time to the first token, a sum a and two maxima (the
+slowest opening of a stage; the slowest element of the pipeline of chunks):
 
-A ring is closed, so its cost depends on head and tail together. For each *head* apart, dynamic
-programming from the last segment to the first gives `start[k, p]`, the exact cost of the rest of
-the ring when stage p begins at segment k. It forgets one rule: it may use a peer twice (with
-A a b a, b being quicker than a but not holding the end). So the routes themselves are found by
-best-first search over partial routes, in which the rule is easy, with `start` as the bound: it
-never exceeds the true rest, so routes come out in order of cost, and as it is nearly always exact
-the search walks straight to the answer. Heads wait in the same queue under a bound without the
-closing link, and their table is computed when they come to the front: mostly a few of them.
+    cost   = weight_price x price + weight_t x t + weight_a x a + weight_max x maxima
+    within   t <= limit_t   and   a + maxima <= limit_a      (maxima = open + more_chunks x slowest)
 
-Rejected: Dijkstra over (layer, peer) without the closing link, which is what Petals does (finds a
-line, not a ring); a mixed-integer program (seconds); labels that carry visited sets (the same
-answer, with work for every label instead of the few on the best routes).
+Costs are additive over stages and hops, except that the ring is closed, that maxima are not sums,
+and that no peer may be used twice. A stage may begin and end anywhere in the span of its peer.
+
+*Tables.* For each *head* apart (the closing link depends on it), dynamic programming from the last
+layer to the first gives the least rest of the ring from entering a peer at a layer: of the cost, of
+t, of a, and of the cost with multipliers on both limits (the Lagrangian dual; multipliers by the
+secant of LARAC, Juettner et al., INFOCOM 2001). It forgets that a peer is used once and that maxima
+grow, so each is a bound.
+
+*Labels.* Best-first search over partial rings, each bounded by the larger of cost and dual table; a
+label whose bound on t or a exceeds a limit is dropped, and so is one that is no better than another
+at the same head, peer and layer whose peers leave the same choice for the rest (Pareto dominance,
+Irnich and Desaulniers 2005). No better means: in t, and in a and in the cost at all four corners of
+what the rest can do to the maxima (nothing, raise either or both above those of both labels).
+The first complete ring whose cost no bound undercuts is the answer, and if none is found there is
+none. Since the bounds are nearly always exact, few labels are made: tens without limits, hundreds
+with tight ones. Heads wait in the same queue under a bound that any head may close, and their
+tables are made when they come to the front.
+
+The work is done by `native.c` (0.1-1 ms at 200 peers); this file has the same algorithm in numpy
+and Python, without the dual, for machines without a compiler and as the reference of the tests.
+
+Rejected: Dijkstra over (layer, peer) without the closing link, which is what Petals does (a line,
+not a ring); a mixed-integer program (seconds); Lagrange alone (leaves a gap: of routes just within
+a limit it finds the ones on the convex hull); stopping a search at the first k cheapest rings (a
+feasible one may come later).
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hexswarm.records import Announcement, Span, Stage
+from hexswarm.router import native
+from hexswarm.router.network import Ways
 
 Floats = NDArray[np.float64]
-Indices = NDArray[np.intp]
 
-EXPANSIONS = 3000
-"""Partial routes looked at before the search gives up (about 0.2 s); random swarms need 10-100."""
+SMALL = 32
+"""Up to so many peers the search is never cut short."""
 
+MOST_LABELS = 6_000
+"""Labels made in larger swarms before the best ring found has to do, 3-6 ms. Most searches need
+less than 100; hard ones have a tight limit on the first token, whose maxima no table sees."""
 
-@dataclass(frozen=True, slots=True)
-class Costs:
-    """The additive costs of a ring, in seconds, for peers in the order of the graph."""
+MOST_LABELS_PYTHON = 6_000
+"""The same without the native search, where a label takes 20-50 us."""
 
-    enter: Floats
-    """To begin a stage at a peer."""
-    layer: Floats
-    """For each layer that it computes."""
-    hop: Floats
-    """From one stage to the next; [from, to]."""
-    onward: tuple[Floats, ...]
-    """The same for the hops possible at each cut (`Graph.onward`), as contiguous blocks."""
-    finish: Floats
-    """At the end of the last layer, when the stage is the tail."""
-    close: Floats
-    """From tail to head; [tail, head]."""
+UNLIMITED = 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
-class Graph:
-    """Who can follow whom: peers by id, segments between cuts."""
+class Problem:
+    """See the module's text; n peers, arrays of length n or [from, to], all C-contiguous."""
 
-    peers: tuple[Announcement, ...]
-    cuts: tuple[int, ...]
-    """Layers at which a stage may begin or end: 0, every start and end of a span, the last."""
-    end: NDArray[np.intp]
-    """For each peer the index of the cut at which its span ends."""
-    holders: tuple[Indices, ...]
-    """For each segment the peers that hold it."""
+    layers: int
+    first: NDArray[np.int32]
+    end: NDArray[np.int32]
+    price_enter: Floats
+    price_layer: Floats
+    t_enter: Floats
+    t_layer: Floats
+    t_finish: Floats
+    """For the tail."""
+    a_enter: Floats
+    a_layer: Floats
+    """Also what a chunk takes in the pipeline, for each layer of the stage."""
+    a_finish: Floats
+    a_begin: Floats
+    """For the head."""
+    open_stage: Floats
+    ways: Ways
+    """Between all pairs; a hop costs rtt / 2 + hop_fixed + late x jitter + bytes x s_per_byte."""
+    hop_fixed: float
+    late: float
+    t_bytes: float
+    """Of one token, for t; the closing link carries none."""
+    a_bytes: float
+    """Of a chunk, for a; what they take on the line is an element of the pipeline."""
+    dial: float
+    """Opening a stage whose next one has no link to it takes so many round trips between them."""
+    weight_price: float = 0.0
+    weight_t: float = 0.0
+    weight_a: float = 0.0
+    weight_max: float = 0.0
+    more_chunks: float = 0.0
+    limit_t: float = math.inf
+    limit_a: float = math.inf
 
-    def onward(self, hop: Floats) -> tuple[Floats, ...]:
-        """For each segment the costs of `hop` from the holders before it to its own."""
-        pairs = zip(self.holders, self.holders[1:], strict=False)
-        return (np.empty((0, 0)), *(hop[np.ix_(before, here)] for before, here in pairs))
+    # Of all hops or, with an index, of one: native.c has the same formulas.
 
-    def stages(self, chosen: Sequence[int], exits: Sequence[int]) -> tuple[Stage, ...]:
-        """Peers and the cuts at which they hand over, as stages."""
-        reached, found = 0, []
-        for index, cut in zip(chosen, exits, strict=True):
-            item, end = self.peers[index], self.cuts[cut]
-            found.append(Stage(item.peer, Span(reached, end), item.addresses))
-            reached = end
-        return tuple(found)
+    def way(self, hop: Any = ...) -> Any:
+        ways = self.ways
+        return ways.rtt_s[hop] / 2 + self.hop_fixed + self.late * ways.jitter_s[hop]
+
+    def t_hop(self, hop: Any = ...) -> Any:
+        return self.way(hop) + self.t_bytes * self.ways.s_per_byte[hop]
+
+    def a_hop(self, hop: Any = ...) -> Any:
+        return self.way(hop) + self.transfer(hop)
+
+    def transfer(self, hop: Any = ...) -> Any:
+        return self.a_bytes * self.ways.s_per_byte[hop]
+
+    def open_hop(self, hop: tuple[int, int]) -> Any:
+        ask = self.ways.rtt_s[hop] + 2 * self.late * self.ways.jitter_s[hop]
+        return self.open_stage[hop[0]] + (ask if self.ways.linked[hop] else ask * self.dial)
 
 
-def build_graph(peers: Sequence[Announcement], layers: int) -> Graph:
-    """The graph of `peers`, whose spans together cover all layers."""
-    ordered = tuple(sorted(peers, key=lambda item: item.peer))
-    ends = {point for item in ordered for point in (item.span.first, item.span.end)}
-    cuts = tuple(sorted(ends | {0, layers}))
-    position = {cut: index for index, cut in enumerate(cuts)}
-    begin = np.array([position[item.span.first] for item in ordered])
-    end = np.array([position[item.span.end] for item in ordered])
-    holders = tuple(
-        np.flatnonzero((begin <= segment) & (segment < end)) for segment in range(len(cuts) - 1)
+@dataclass(frozen=True, slots=True)
+class Ring:
+    """An answer: the peers by index, and the layer at which each stage ends."""
+
+    peers: tuple[int, ...]
+    ends: tuple[int, ...]
+    price: float
+    t: float
+    a: float
+    open: float
+    slowest: float
+    proven: bool
+    """No cheaper ring exists; False if the search was cut short."""
+
+
+@dataclass(frozen=True, slots=True)
+class Nothing:
+    """No ring is within the limits."""
+
+    proven: bool
+
+
+def cost_of(problem: Problem, ring: Ring) -> float:
+    """What the search minimises."""
+    return (
+        problem.weight_price * ring.price
+        + problem.weight_t * ring.t
+        + problem.weight_a * ring.a
+        + problem.weight_max * (ring.open + problem.more_chunks * ring.slowest)
     )
-    return Graph(ordered, cuts, end, holders)
 
 
-@dataclass(frozen=True, slots=True)
-class _Partial:
-    """A route up to the entry into its last peer."""
+class Solver:
+    """Searches of one problem and of its variants in price, weights and limits."""
 
-    chosen: tuple[int, ...]
-    exits: tuple[int, ...]
-    """For each peer but the last the index of the cut at which it hands over."""
-    spent: float
-    """Seconds before the last peer is entered."""
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self._small = len(problem.first) <= SMALL
+        self._native = native.Prepared(problem) if native.available() else None
+
+    def solve(self, variant: Problem | None = None) -> Ring | Nothing:
+        """The cheapest ring within the limits, by the native search if it was compiled."""
+        problem = variant or self.problem
+        if self._native is None:
+            return solve_python(problem, UNLIMITED if self._small else MOST_LABELS_PYTHON)
+        found = self._native.search(problem, UNLIMITED if self._small else MOST_LABELS)
+        if found is None:
+            return Nothing(proven=True)
+        peers, ends, (price, t, a, opening, slowest), proven = found
+        if not peers:
+            return Nothing(proven=False)
+        return Ring(peers, ends, price, t, a, opening, slowest, proven)
 
 
-_Children = Iterator[tuple[float, int, int, float]]
-"""Ways on from a partial route, by bound: (bound, cut, peer or _RING, spent)."""
-_RING = -1
-"""In the place of a next peer: the ring closes."""
+def solve(problem: Problem) -> Ring | Nothing:
+    """One search."""
+    return Solver(problem).solve()
 
 
-def rings(graph: Graph, costs: Costs, expansions: int = EXPANSIONS) -> Iterator[tuple[Stage, ...]]:
-    """Routes in order of cost; ends when all are told or the effort is spent."""
-    order = itertools.count()  # equal bounds: first come, first served, so the result is definite
-    queue: list[tuple[float, int, int, _Partial, int, int, float, _Children]] = []
+def ttft(problem: Problem, ring: Ring) -> float:
+    """The time to the first token: what `limit_a` is compared with."""
+    return ring.a + ring.open + problem.more_chunks * ring.slowest
 
-    def push(head: int, parent: _Partial, children: _Children) -> None:
-        child = next(children, None)
-        if child is not None:
-            bound, cut, peer, spent = child
-            heapq.heappush(queue, (bound, next(order), head, parent, cut, peer, spent, children))
 
-    tables: dict[int, Floats] = {}
-    nothing = _Partial((), (), 0.0)
-    for head, bound in _heads(graph, costs):
-        push(head, nothing, iter([(bound, 0, head, 0.0)]))
-    for _ in range(expansions):
-        if not queue:
-            return
-        _, _, head, parent, cut, peer, spent, siblings = heapq.heappop(queue)
-        push(head, parent, siblings)
-        if peer == _RING:
-            yield graph.stages(parent.chosen, (*parent.exits, cut))
+def within(problem: Problem, ring: Ring) -> bool:
+    """Does the ring keep the limits?"""
+    return ring.t <= problem.limit_t and ttft(problem, ring) <= problem.limit_a
+
+
+def evaluate(problem: Problem, peers: tuple[int, ...], ends: tuple[int, ...]) -> Ring:
+    """The ring of these stages with its sizes."""
+    p = problem
+    price, t, a, opening, slowest = 0.0, 0.0, p.a_begin[peers[0]], 0.0, 0.0
+    for at, (peer, (first, end)) in enumerate(
+        zip(peers, itertools.pairwise((0, *ends)), strict=True)
+    ):
+        price += p.price_enter[peer] + (end - first) * p.price_layer[peer]
+        t += p.t_enter[peer] + (end - first) * p.t_layer[peer]
+        a += p.a_enter[peer] + (end - first) * p.a_layer[peer]
+        opening = max(opening, p.open_stage[peer])
+        slowest = max(slowest, (end - first) * p.a_layer[peer])
+        if at + 1 < len(peers):
+            hop = peer, peers[at + 1]
+            t, a = t + p.t_hop(hop), a + p.a_hop(hop)
+            opening, slowest = max(opening, p.open_hop(hop)), max(slowest, p.transfer(hop))
+    tail = peers[-1]
+    t += p.t_finish[tail] + (p.way((tail, peers[0])) if len(peers) > 1 else 0.0)
+    a += p.a_finish[tail]
+    return Ring(
+        peers, ends, float(price), float(t), float(a), float(opening), float(slowest), proven=True
+    )
+
+
+# --- the same in Python ---------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Label:
+    """A partial ring up to the entry into `peer` at `layer`."""
+
+    head: int
+    peer: int
+    layer: int
+    parent: _Label | None
+    price: float
+    t: float
+    a: float
+    open: float
+    slowest: float
+    used: frozenset[int]
+    """Peers before this one."""
+    dead: bool = False
+
+
+class _Search:
+    def __init__(self, problem: Problem) -> None:
+        self.p = problem
+        layers = np.arange(problem.layers)[:, None]
+        held = (problem.first <= layers) & (layers < problem.end)
+        self.holders = [np.flatnonzero(row) for row in held]
+        self.free = self.tables(-1)
+        self.of_head: dict[int, dict[str, Floats]] = {}
+        self.buckets: dict[tuple[int, int, int], list[_Label]] = {}
+
+    def cost_to_go(self, wp: float, wt: float, wa: float, head: int) -> Floats:
+        """[layer, peer]: least rest from entering the peer there; head -1: of any head."""
+        p, n = self.p, len(self.p.first)
+        table = np.full((p.layers, n), np.inf)
+        edges = wt * p.t_hop() + wa * p.a_hop()
+        enter = wp * p.price_enter + wt * p.t_enter + wa * p.a_enter
+        each = wp * p.price_layer + wt * p.t_layer + wa * p.a_layer
+        close = p.way()
+        np.fill_diagonal(close, 0.0)
+        closing = close[:, self.holders[0]].min(axis=1) if head < 0 else close[:, head]
+        leave = wt * (p.t_finish + closing) + wa * p.a_finish
+        run = np.full(n, np.inf)
+        for layer in range(p.layers - 1, -1, -1):
+            here = self.holders[layer]
+            now = np.full(n, np.inf)
+            now[here] = each[here] + np.minimum(run[here], leave[here])
+            run = now
+            table[layer] = run + enter
+            if layer:
+                entered = table[layer].copy()
+                if head >= 0:
+                    entered[head] = np.inf
+                before = self.holders[layer - 1]
+                leave = np.full(n, np.inf)
+                leave[before] = (edges[np.ix_(before, here)] + entered[here]).min(axis=1)
+        return table
+
+    def tables(self, head: int) -> dict[str, Floats]:
+        p = self.p
+        made = {"cost": self.cost_to_go(p.weight_price, p.weight_t, p.weight_a, head)}
+        if p.limit_t < math.inf:
+            made["t"] = self.cost_to_go(0, 1, 0, head)
+        if p.limit_a < math.inf:
+            made["a"] = self.cost_to_go(0, 0, 1, head)
+        return made
+
+    def bound(self, x: _Label, tables: dict[str, Floats]) -> float:
+        """Least cost of a ring that begins so; inf if none is within the limits."""
+        p, at = self.p, (x.layer, x.peer)
+        maxima = x.open + p.more_chunks * x.slowest
+        if p.limit_t < math.inf and x.t + tables["t"][at] > p.limit_t:
+            return math.inf
+        if p.limit_a < math.inf and x.a + tables["a"][at] + maxima > p.limit_a:
+            return math.inf
+        return self.sum(x) + p.weight_max * maxima + float(tables["cost"][at])
+
+    def sum(self, x: _Label) -> float:
+        p = self.p
+        return p.weight_price * x.price + p.weight_t * x.t + p.weight_a * x.a
+
+    def no_worse(self, x: _Label, y: _Label) -> bool:
+        p = self.p
+        limited = p.limit_a < math.inf
+        return (
+            self.sum(x) <= self.sum(y)
+            and (p.limit_t == math.inf or x.t <= y.t)
+            and (not limited or x.a <= y.a)
+            and (not (limited or p.weight_max > 0) or (x.open <= y.open and x.slowest <= y.slowest))
+            and all(p.end[peer] <= x.layer or peer in y.used for peer in x.used)
+        )
+
+    def dominated(self, x: _Label) -> bool:
+        bucket = self.buckets.setdefault((x.head, x.peer, x.layer), [])
+        if any(self.no_worse(held, x) for held in bucket):
+            return True
+        for held in bucket:
+            held.dead = held.dead or self.no_worse(x, held)
+        bucket[:] = [held for held in bucket if not held.dead]
+        bucket.append(x)
+        return False
+
+
+def _corners(total: float, opening: float, slow: float, weight: float) -> bool:
+    """No worse in total + weight x maxima, to whatever height the rest raises the maxima."""
+    return all(total + weight * more <= 0 for more in (0.0, opening, slow, opening + slow))
+
+
+def solve_python(problem: Problem, most_labels: int = UNLIMITED) -> Ring | Nothing:
+    """`solve` without the native search."""
+    p, search = problem, _Search(problem)
+    order = itertools.count()
+    queue: list[tuple[float, int, _Label]] = []
+    best: Ring | None = None
+    best_cost = math.inf
+
+    def push(x: _Label, tables: dict[str, Floats]) -> None:
+        bound = search.bound(x, tables)
+        if bound < best_cost and bound < math.inf:
+            heapq.heappush(queue, (bound, next(order), x))
+
+    for head in map(int, search.holders[0]):
+        begin, opened = float(p.a_begin[head]), float(p.open_stage[head])
+        x = _Label(head, head, 0, None, 0.0, 0.0, begin, opened, 0.0, frozenset())
+        push(x, search.free)
+    proven = True
+    while queue:
+        bound, count, x = heapq.heappop(queue)
+        if bound >= best_cost:
+            break
+        if x.dead:
             continue
-        if head not in tables:
-            tables[head] = cost_to_go(graph, costs, costs.finish + costs.close[:, head], head)
-        exits = (*parent.exits, cut) if parent.chosen else ()
-        node = _Partial((*parent.chosen, peer), exits, spent)
-        push(head, node, _children(graph, costs, tables[head], node))
+        if x.head not in search.of_head:
+            search.of_head[x.head] = search.tables(x.head)
+            push(x, search.of_head[x.head])
+            continue
+        if count > most_labels:
+            proven = False
+            break
+        for y, end in _ways_on(search, x):
+            if y.layer < p.layers:
+                if not search.dominated(y):
+                    push(y, search.of_head[x.head])
+                continue
+            ring = _complete(y, end)
+            cost = cost_of(p, ring)
+            if cost < best_cost and within(p, ring):
+                best, best_cost = ring, cost
+    return Nothing(proven) if best is None else replace(best, proven=proven)
 
 
-def any_ring(graph: Graph) -> tuple[Stage, ...]:
-    """Some route, without regard to cost: always on to the peer that reaches farthest."""
-    chosen: list[int] = []
-    exits: list[int] = []
-    reached, last = 0, len(graph.cuts) - 1
-    while reached < last:
-        holders = graph.holders[reached]
-        chosen.append(int(holders[np.argmax(graph.end[holders])]))
-        reached = int(graph.end[chosen[-1]])
-        exits.append(reached)
-    return graph.stages(chosen, exits)
+def _ways_on(search: _Search, x: _Label) -> list[tuple[_Label, int]]:
+    """All labels behind `x`, and the ends of its stage; a complete ring has layer = layers."""
+    p, peer, made = search.p, x.peer, []
+    price, t, a = x.price + p.price_enter[peer], x.t + p.t_enter[peer], x.a + p.a_enter[peer]
+    used = x.used | {peer}
+    for end in range(x.layer + 1, int(p.end[peer]) + 1):
+        count = end - x.layer
+        done_price = float(price + count * p.price_layer[peer])
+        done_t = float(t + count * p.t_layer[peer])
+        done_a = float(a + count * p.a_layer[peer])
+        slow = max(x.slowest, float(count * p.a_layer[peer]))
+        if end == p.layers:
+            done_t += float(p.t_finish[peer])
+            if peer != x.head:
+                done_t += float(p.way((peer, x.head)))
+            done_a += float(p.a_finish[peer])
+            sizes = (done_price, done_t, done_a, x.open, slow)
+            made.append((_Label(x.head, peer, end, x, *sizes, used), end))
+            continue
+        for to in map(int, search.holders[end]):
+            if to in used:
+                continue
+            sizes = (
+                done_price,
+                done_t + float(p.t_hop((peer, to))),
+                done_a + float(p.a_hop((peer, to))),
+                max(x.open, float(p.open_stage[to]), float(p.open_hop((peer, to)))),
+                max(slow, float(p.transfer((peer, to)))),
+            )
+            made.append((_Label(x.head, to, end, x, *sizes, used), end))
+    return made
 
 
-def cost_to_go(graph: Graph, costs: Costs, leave: Floats, head: int | None = None) -> Floats:
-    """[segment, peer]: least seconds from entering the peer there to the end of the ring.
-
-    `leave` is what a tail pays after its last layer. `head` is not entered again later; the other
-    peers might be, which makes this a bound and not always the cost of a route.
-    """
-    lengths = np.diff(graph.cuts)
-    start = np.full((len(lengths), len(graph.peers)), np.inf)
-    run = np.full(len(graph.peers), np.inf)  # the peer goes on with the next segment
-    for segment in range(len(lengths) - 1, -1, -1):
-        here = graph.holders[segment]
-        now = np.full_like(run, np.inf)
-        now[here] = lengths[segment] * costs.layer[here] + np.minimum(run[here], leave[here])
-        run = now
-        start[segment] = run + costs.enter
-        if segment:
-            if head is not None:
-                start[segment, head] = np.inf
-            leave = np.full_like(run, np.inf)
-            onward = costs.onward[segment] + start[segment, here]
-            leave[graph.holders[segment - 1]] = onward.min(axis=1)
-    return start
-
-
-def _heads(graph: Graph, costs: Costs) -> list[tuple[int, float]]:
-    """Peers that can begin a ring, each with a bound that needs no table of its own."""
-    heads = graph.holders[0]
-    close = costs.close[:, heads].copy()
-    close[heads, np.arange(len(heads))] = np.inf  # a tail that is not the head itself
-    bounds = cost_to_go(graph, costs, costs.finish + close.min(axis=1))[0, heads]
-    whole = graph.end[heads] == len(graph.cuts) - 1
-    alone = costs.enter + graph.cuts[-1] * costs.layer + costs.finish + np.diagonal(costs.close)
-    bounds = np.where(whole, np.minimum(bounds, alone[heads]), bounds)
-    return [(int(head), float(bound)) for head, bound in zip(heads, bounds, strict=True)]
-
-
-def _children(graph: Graph, costs: Costs, start: Floats, node: _Partial) -> _Children:
-    """All ways on from `node`, by bound."""
-    peer, begin = node.chosen[-1], node.exits[-1] if node.exits else 0
-    last, visited = len(graph.cuts) - 1, set(node.chosen)
-    spent = node.spent + costs.enter[peer]
-    bounds, cuts, peers, sums = [], [], [], []
-    for cut in range(begin + 1, int(graph.end[peer]) + 1):
-        done = spent + (graph.cuts[cut] - graph.cuts[begin]) * costs.layer[peer]
-        if cut == last:
-            total = done + costs.finish[peer] + costs.close[peer, node.chosen[0]]
-            found, onward, before = np.array([_RING]), np.array([total]), np.array([total])
-        else:
-            found = graph.holders[cut]
-            before = done + costs.hop[peer, found]
-            onward = before + start[cut, found]
-        bounds.append(onward)
-        cuts.append(np.full(len(found), cut))
-        peers.append(found)
-        sums.append(before)
-    bound, cut_, peer_, sum_ = map(np.concatenate, (bounds, cuts, peers, sums))
-    for index in np.argsort(bound, kind="stable"):
-        if not np.isfinite(bound[index]):
-            return
-        if int(peer_[index]) not in visited:
-            yield float(bound[index]), int(cut_[index]), int(peer_[index]), float(sum_[index])
+def _complete(x: _Label, end: int) -> Ring:
+    sizes = (x.price, x.t, x.a, x.open, x.slowest)
+    peers, ends = [], []
+    last: _Label | None = x.parent
+    while last is not None:
+        peers.append(last.peer)
+        ends.append(end)
+        end, last = last.layer, last.parent
+    return Ring(tuple(peers[::-1]), tuple(ends[::-1]), *sizes, proven=True)

@@ -16,7 +16,8 @@ from hexswarm.version import __version__
 
 if TYPE_CHECKING:
     from hexswarm.blocking import Client, generate
-    from hexswarm.client import AsyncClient, Completion
+    from hexswarm.client import AsyncClient
+    from hexswarm.conversation import Completion
     from hexswarm.errors import (
         AddressInUse,
         BootstrapUnreachable,
@@ -44,7 +45,7 @@ _HOMES = {
     "generate": "hexswarm.blocking",
     "Client": "hexswarm.blocking",
     "AsyncClient": "hexswarm.client",
-    "Completion": "hexswarm.client",
+    "Completion": "hexswarm.conversation",
     "Sampling": "hexswarm.records",
 }
 

@@ -1,18 +1,36 @@
-"""The user's subcommands: `generate`, `chat` and `status`. A door: it prints."""
+"""The user's subcommands: `generate`, `chat`, `status`, `route` and `why`. A door: it prints."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from hexswarm.blocking import Client, Stream
-from hexswarm.cli import client_config, sampling_options
-from hexswarm.client import Completion, Options
-from hexswarm.errors import HexswarmError, UsageError
+from hexswarm.cli import client_config, given
+from hexswarm.conversation import Completion
+from hexswarm.errors import HexswarmError, NoRoute, UsageError
+from hexswarm.explained import (
+    route_json,
+    route_text,
+    trace_json,
+    trace_text,
+    why_json,
+    why_text,
+)
+from hexswarm.map import swarm_map
+from hexswarm.options import Options, Wishes
 from hexswarm.picture import swarm_table
+from hexswarm.planning import Plan
+from hexswarm.records import Route
+from hexswarm.router.network import Snapshot
 from hexswarm.tokenizer import Message
+from hexswarm.trace import load
+
+PROMPT_TOKENS = 128
+"""Length of the prompt that `route` and `why` think of if none is given."""
 
 
 def generate(flags: argparse.Namespace) -> int:
@@ -21,7 +39,7 @@ def generate(flags: argparse.Namespace) -> int:
     if not text.strip():
         raise UsageError("the prompt is empty")
     prompt = text if flags.raw else [{"role": "user", "content": text}]
-    options = _options(flags)
+    options = given(Options, flags)
     with Client(config=client_config(flags)) as client:
         if flags.json or flags.no_stream:
             completion = client.generate(prompt, **options)
@@ -31,13 +49,6 @@ def generate(flags: argparse.Namespace) -> int:
     if not flags.json:
         print(summary(completion), file=sys.stderr)
     return 0
-
-
-def _options(flags: argparse.Namespace) -> dict[str, Any]:
-    """The options of `generate`, checked before anything takes time. Raises UsageError."""
-    options = sampling_options(flags)
-    Options(**options)
-    return options
 
 
 def print_stream(stream: Stream) -> Completion:
@@ -54,7 +65,7 @@ def chat(flags: argparse.Namespace) -> int:
     messages: list[Message] = []
     if flags.system:
         messages.append({"role": "system", "content": flags.system})
-    options = _options(flags)
+    options = given(Options, flags)
     config = client_config(flags)
     with Client(config=config) as client, client.conversation() as conversation:
         print(f"{config.model}; an empty line ends the conversation", file=sys.stderr)
@@ -98,12 +109,75 @@ def status(flags: argparse.Namespace) -> int:
     return 0 if peers and not missing else 1
 
 
+def route(flags: argparse.Namespace) -> int:
+    """The ring that a request would take, without taking it."""
+    wishes = given(Wishes, flags)
+    with Client(config=client_config(flags)) as client:
+        tokens = _prompt_tokens(client, flags)
+        try:
+            plan = client.plan(tokens, flags.new_tokens, **wishes)
+        except NoRoute:
+            if flags.svg:
+                _draw(flags.svg, client, client.snapshot(), None)
+            raise
+        if flags.svg:
+            _draw(flags.svg, client, plan.snapshot, plan.route)
+        print(json.dumps(_plan_json(client, plan)) if flags.json else route_text(plan.budget()))
+    return 0
+
+
+def _plan_json(client: Client, plan: Plan) -> dict[str, Any]:
+    return {
+        "model": {"name": client.spec.name, "digest": client.spec.digest},
+        "prompt_tokens": plan.request.prompt_tokens,
+        "new_tokens": plan.request.new_tokens,
+        **route_json(plan.budget()),
+    }
+
+
+def _prompt_tokens(client: Client, flags: argparse.Namespace) -> int:
+    """How long the prompt is that the question is about."""
+    if flags.prompt_tokens is not None:
+        if flags.prompt is not None or flags.prompt_tokens < 1:
+            raise UsageError("give a prompt, or a positive number of --prompt-tokens")
+        return int(flags.prompt_tokens)
+    if flags.prompt is None:
+        return PROMPT_TOKENS
+    return client.count([{"role": "user", "content": flags.prompt}])
+
+
+def _draw(path: Path, client: Client, view: Snapshot, chosen: Route | None) -> None:
+    spec = client.spec
+    try:
+        path.write_text(
+            swarm_map(view, spec.digest, spec.layers, chosen, client.coordinates), "utf-8"
+        )
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def why(flags: argparse.Namespace) -> int:
+    """Why a request takes its route, or where the time of an answer went.
+
+    Exit status 1 if there is no route.
+    """
+    if flags.trace is not None:
+        trace = load(client_config(flags).folder / "traces", flags.trace)
+        print(json.dumps(trace_json(trace)) if flags.json else trace_text(trace))
+        return 0
+    wishes = given(Wishes, flags)
+    with Client(config=client_config(flags)) as client:
+        _, explanation = client.explain(_prompt_tokens(client, flags), flags.new_tokens, **wishes)
+    print(json.dumps(why_json(explanation)) if flags.json else why_text(explanation))
+    return 0 if explanation.chosen is not None else 1
+
+
 def summary(completion: Completion) -> str:
     """Route and times in one line."""
     return (
         f"[{completion.route} | first token {completion.ttft_s * 1e3:.0f} ms | "
         f"{completion.tokens_per_s:.1f} tokens/s | {len(completion.ids)} tokens | "
-        f"{completion.finish}]"
+        f"{completion.finish} | {completion.session}]"
     )
 
 
@@ -116,6 +190,14 @@ def as_json(completion: Completion) -> dict[str, Any]:
         "finish": completion.finish,
         "ttft_s": completion.ttft_s,
         "tokens_per_s": completion.tokens_per_s,
+        "tpot_s": completion.tpot_s,
+        "predicted": {
+            "ttft_s": completion.route.ttft_s,
+            "tpot_s": completion.route.tpot_s,
+            "tpot_p95_s": completion.route.tpot_p95_s,
+            "price": completion.route.price,
+        },
+        "session": completion.session,
         "route": [
             {"peer": stage.peer, "span": [stage.span.first, stage.span.end]}
             for stage in completion.route.stages

@@ -16,11 +16,15 @@ from collections.abc import AsyncGenerator, Coroutine, Generator, Iterator, Sequ
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
-from hexswarm.client import Answer, AsyncClient, Completion, Conversation, Prompt
+from hexswarm.client import AsyncClient
 from hexswarm.config import DEFAULT_MODEL, ClientConfig, default_bootstrap
+from hexswarm.conversation import Answer, Completion, Conversation, Prompt
 from hexswarm.errors import SessionClosed, UsageError
-from hexswarm.records import ModelSpec
+from hexswarm.planning import Plan
+from hexswarm.records import Coordinates, ModelSpec
+from hexswarm.router.explain import Explanation
 from hexswarm.router.network import Snapshot
+from hexswarm.trace import LAST, SessionTrace
 
 if TYPE_CHECKING:
     import numpy as np
@@ -125,6 +129,36 @@ class Client:
     def snapshot(self) -> Snapshot:
         """Who serves what, as known now."""
         return self._wait(self._client.snapshot())
+
+    def count(self, prompt: Prompt) -> int:
+        """Tokens of a prompt."""
+        self.start()
+        return len(self._client.encode(prompt))
+
+    def plan(self, prompt_tokens: int, new_tokens: int = 256, **wishes: Any) -> Plan:
+        """The route that such a request would take, without taking it; wishes as in `generate`.
+
+        Raises NoRoute or UsageError.
+        """
+        return self._wait(self._client.plan(prompt_tokens, new_tokens, **wishes))
+
+    def explain(
+        self, prompt_tokens: int, new_tokens: int = 256, **wishes: Any
+    ) -> tuple[Snapshot, Explanation]:
+        """Why that route, or why there is none; and the view of the swarm it is said of."""
+        return self._wait(self._client.explain(prompt_tokens, new_tokens, **wishes))
+
+    @property
+    def coordinates(self) -> Coordinates | None:
+        """Where this client is in the swarm's delay space, if that is known yet."""
+        return self._client._planner.coordinates
+
+    def trace(self, session: str = LAST) -> SessionTrace:
+        """Where the time of an answer went, by the name in its `Completion`.
+
+        Raises UsageError if there is none.
+        """
+        return self._wait(self._client.trace(session))
 
     def _wait(self, work: Coroutine[Any, Any, T] | Any) -> T:
         """Run `work` in the client's loop; Ctrl-C cancels it there."""
@@ -241,7 +275,10 @@ def generate(
     in HEXSWARM_BOOTSTRAP (separated by commas), then to the peers remembered on disk.
 
     Options: `max_new_tokens` (256), `temperature` (0: greedy), `top_p`, `top_k`, `min_p`,
-    `repetition_penalty`, `stop` (text or texts), `seed`.
+    `repetition_penalty`, `stop` (text or texts), `seed`; for the route `max_latency` (seconds per
+    token) and `ttft` (seconds to the first token), kept in `percentile` (95) of the time, `allow`,
+    `deny` and `trusted` (peer ids), `dtypes`, `min_bandwidth` (bytes per second). With a limit the
+    route that takes least from others within it is used, without one the fastest.
 
     Returns a `Completion` (its `str()` is the text); with `stream=True` an iterator of pieces of
     text; with `loop="client"` a generator of float32 logits that takes the chosen token by `send`.

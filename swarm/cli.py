@@ -1,6 +1,7 @@
 """The command `hexswarm`: reads argv, builds a frozen config, runs one door.
 
     generate | chat | status          for who asks
+    route | why                       for who wants to know how it is routed
     peer                              for who lends a GPU   (hexswarm.peer.cli)
     bootstrap                         for who runs a swarm  (hexswarm.bootstrap.cli)
     demo                              a whole swarm on this machine
@@ -12,10 +13,12 @@ one line on stderr and its exit status; a traceback is a bug.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from hexswarm.config import (
@@ -27,6 +30,7 @@ from hexswarm.config import (
 )
 from hexswarm.errors import HexswarmError, UsageError
 from hexswarm.log import set_up
+from hexswarm.options import Options, Wishes
 from hexswarm.version import __version__
 
 Run = Callable[[argparse.Namespace], int]
@@ -97,12 +101,22 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--raw", action="store_true", help="complete the text instead of chatting")
     ask.add_argument("--no-stream", action="store_true", help="print the answer when complete")
     ask.add_argument("--json", action="store_true", help="print one JSON object")
-    _sampling_flags(ask)
+    add_flags(ask, Options)
     chat = command("chat", "hexswarm.ask", "chat", "talk with the model", ClientConfig)
     chat.add_argument("--system", default="", help="system message")
-    _sampling_flags(chat)
+    add_flags(chat, Options)
     status = command("status", "hexswarm.ask", "status", "who serves what", ClientConfig)
     status.add_argument("--json", action="store_true", help="print one JSON object")
+    route = command("route", "hexswarm.ask", "route", "the ring of a request", ClientConfig)
+    route.add_argument("--json", action="store_true", help="print one JSON object")
+    route.add_argument("--svg", type=Path, metavar="FILE", help="draw the swarm and the ring")
+    _dry_flags(route)
+    why = command("why", "hexswarm.ask", "why", "what decided about a route", ClientConfig)
+    why.add_argument("--json", action="store_true", help="print one JSON object")
+    why.add_argument(
+        "--trace", metavar="SESSION", help="where the time of that answer went; `last`: the newest"
+    )
+    _dry_flags(why)
     command("peer", "hexswarm.peer.cli", "run", "lend this machine to a swarm", PeerConfig)
     command(
         "bootstrap",
@@ -114,26 +128,25 @@ def _parser() -> argparse.ArgumentParser:
     demo = command("demo", "hexswarm.demo", "run", "a whole swarm on this machine", None)
     demo.add_argument("prompt", nargs="?", default="What is the capital of France?")
     demo.add_argument("--model", default=None, help="Hub id, folder of safetensors, or GGUF file")
-    _sampling_flags(demo)
+    add_flags(demo, Options)
     return parser
 
 
-def _sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags named like the options of `hexswarm.generate`."""
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K")
-    parser.add_argument("--min-p", type=float, default=0.0, metavar="P")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT")
-    parser.add_argument("--seed", type=int, default=None, metavar="N")
+def _dry_flags(parser: argparse.ArgumentParser) -> None:
+    """What `route` and `why` need to know of a request that is not made."""
+    parser.add_argument("prompt", nargs="?", default=None, help="a text of the length in question")
+    parser.add_argument("--prompt-tokens", type=int, metavar="N", help="instead of a text")
+    parser.add_argument("--new-tokens", type=int, default=256, metavar="N", help="answer length")
+    add_flags(parser, Wishes)
 
 
-def sampling_options(flags: argparse.Namespace) -> dict[str, Any]:
-    """The options of `generate` out of parsed flags."""
-    names = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    return {name: getattr(flags, name) for name in (*names, "stop", "seed")}
+def given(options: type[Wishes], flags: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of a request out of parsed flags, checked before anything takes time.
+
+    The environment says nothing about single requests. Raises UsageError.
+    """
+    checked = from_flags(options, flags, {})
+    return {item.name: getattr(checked, item.name) for item in dataclasses.fields(options)}
 
 
 def client_config(flags: argparse.Namespace) -> ClientConfig:

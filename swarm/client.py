@@ -1,15 +1,16 @@
 """The developer's door in asyncio: text or messages in, a stream of text out.
 
     async with AsyncClient(bootstrap=[...]) as client:
-        answer = client.stream("The capital of France is", max_new_tokens=8)
+        answer = client.stream("The capital of France is", max_new_tokens=8, max_latency=0.25)
         async for piece in answer:
             print(piece, end="")
         print(answer.completion.route)
 
 One client serves many requests at once over shared links. A request is a session opened along the
-route that the router found; if a stage refuses or cannot be reached before the first token, the
-next-best route is taken at once without it. Once tokens have come, a lost peer ends the request
-with a typed error. `Conversation` keeps a session over turns and sends only what is new.
+route that the router found (`hexswarm.planning`); if a stage refuses or cannot be reached before
+the first token, the next-best route is taken at once without it (`hexswarm.opening`). Once tokens
+have come, a lost peer ends the request with a typed error. What an answer teaches (how fast its
+peers were, where the time went) serves the next one (`hexswarm.tracing`).
 
 `hexswarm.blocking` wraps all this for code without an event loop.
 """
@@ -19,116 +20,43 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import secrets
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from hexswarm.clock import RealClock
 from hexswarm.config import DEFAULT_MODEL, ClientConfig
+from hexswarm.conversation import Answer, Completion, Conversation, Prompt
 from hexswarm.errors import (
     ContextTooLong,
-    HexswarmError,
     NetworkError,
-    NoRoute,
     PeerLost,
-    Refused,
     SessionClosed,
     UsageError,
 )
 from hexswarm.membership import Membership
-from hexswarm.records import Link, PeerId, Route, RouteRequest, Sampling
-from hexswarm.router.network import Snapshot, snapshot
-from hexswarm.router.routing import find_route
+from hexswarm.opening import Opener
+from hexswarm.options import Options, Wishes
+from hexswarm.planning import Plan, Planner, without_habits
+from hexswarm.records import RouteRequest, Sampling
+from hexswarm.router.explain import Explanation
+from hexswarm.router.network import Snapshot
 from hexswarm.runtime import OpenSession, SessionRuntime
-from hexswarm.session import Emit, EmitLogits, Turn
+from hexswarm.session import EmitLogits, Turn
 from hexswarm.store import ModelFolder, resolve
-from hexswarm.tokenizer import TextStream, Tokenizer, load_tokenizer
+from hexswarm.tokenizer import Tokenizer, load_tokenizer
+from hexswarm.trace import LAST, SessionTrace, load
+from hexswarm.tracing import Tracer, draft
 from hexswarm.version import __version__
 
 if TYPE_CHECKING:
     import numpy as np
 
-Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
-"""Text, chat messages of role and content, or token ids."""
-
-ATTEMPTS = 4
-"""Routes that may refuse one session before the last refusal is the answer."""
-SEARCH_S = 20.0
-"""So long dead peers, which the directory names for another minute or two, are passed over."""
 STALE_S = 30.0
 """A request waits for a fresh reading of the directory if the last one is older than this; the
 background reading comes every 10 s."""
 STALL_S = 300.0
 """Longest wait for the next token while every peer is alive."""
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """An answer and how it came about; `str()` is the text."""
-
-    text: str
-    ids: tuple[int, ...]
-    prompt_tokens: int
-    finish: str
-    """stop (end of text or a stop string), length, or cancelled."""
-    route: Route
-    ttft_s: float
-    """Seconds from the call to the first token."""
-    tokens_per_s: float
-    """Rate after the first token; 0 if there was only one."""
-    reused_tokens: int = 0
-    """Prompt tokens whose KV an earlier turn had left at the stages."""
-
-    def __str__(self) -> str:
-        return self.text
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What a request asks for besides its prompt."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    stop: str | Sequence[str] = ()
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "top_k", "seed"):
-            value = getattr(self, name)
-            if not isinstance(value, int) and not (name == "seed" and value is None):
-                raise UsageError(f"{name} = {value!r} is not a whole number")
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
-            if not isinstance(getattr(self, name), int | float):
-                raise UsageError(f"{name} = {getattr(self, name)!r} is not a number")
-        if self.max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens = {self.max_new_tokens} is below 1")
-        if not isinstance(self.stop, str | Sequence) or not all(
-            isinstance(text, str) and text for text in self.stops
-        ):
-            raise UsageError("stop strings are texts and not empty")
-        self.sampling()
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-
-    def sampling(self) -> Sampling:
-        """Raises UsageError if a value is out of range. No seed means a fresh one."""
-        return Sampling(
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            seed=secrets.randbits(63) if self.seed is None else self.seed,
-        )
 
 
 class AsyncClient:
@@ -148,9 +76,10 @@ class AsyncClient:
             bootstrap=tuple(bootstrap), model=model, home=Path(home) if home else None
         )
         self._clock = RealClock()
-        self._runtime = SessionRuntime()
+        self._runtime = SessionRuntime(self._clock)
         self._member = Membership(self.config, self._clock, software=f"hexswarm/{__version__}")
-        self._rng = random.Random()
+        self._tracer = Tracer(self.config.folder / "traces")
+        self._set_up(random.Random())
         self._starting: asyncio.Lock = asyncio.Lock()
         self._folder: ModelFolder | None = None
         self._tokenizer: Tokenizer | None = None
@@ -181,7 +110,13 @@ class AsyncClient:
             except BaseException:
                 await self._member.close()
                 raise
+            self._planner.start()
             self._folder = folder
+
+    def _set_up(self, rng: random.Random) -> None:
+        """What chooses and opens."""
+        self._planner = Planner(self._member, self._runtime, self._clock, rng)
+        self._opener = Opener(self._planner, self._member, self._runtime, self._clock)
 
     async def _join(self) -> None:
         if not self.config.bootstrap and not (self.config.folder / "peers.json").exists():
@@ -197,6 +132,8 @@ class AsyncClient:
     async def close(self) -> None:
         """End all sessions and leave the swarm."""
         if self._folder is not None:
+            await self._planner.close()
+            await self._tracer.close()
             self._runtime.close_all()
         await self._member.close()
         self._folder = None
@@ -242,11 +179,11 @@ class AsyncClient:
         """
         import numpy as np
 
-        Options(max_new_tokens=max_new_tokens)  # raises UsageError
+        options = Options(max_new_tokens=max_new_tokens)  # raises UsageError
         await self.start()
         ids = self.encode(prompt)
         self.check_context(len(ids), max_new_tokens)
-        session = await self._open(len(ids), max_new_tokens, client_loop=True)
+        session, _ = await self._open(len(ids), max_new_tokens, options, client_loop=True)
         try:
             greedy, stops = Sampling(), self.tokenizer.stop_ids
             session.generate(Turn(0, tuple(ids), max_new_tokens, greedy, ()))
@@ -263,11 +200,44 @@ class AsyncClient:
         finally:
             session.close()
 
+    # --- looking without asking -----------------------------------------------------------------
+
     async def snapshot(self) -> Snapshot:
         """Who serves what, as known now."""
         await self.start()
         await self._member.refresh(self.spec_digest, older_s=STALE_S)
-        return self._view()
+        return self._planner.snapshot()
+
+    async def plan(self, prompt_tokens: int, new_tokens: int = 256, **wishes: Any) -> Plan:
+        """The route that such a request would take, without taking it; wishes as in `Wishes`.
+
+        Raises UsageError (ContextTooLong) or NoRoute.
+        """
+        return await self._planner.plan(await self._dry(prompt_tokens, new_tokens, wishes))
+
+    async def explain(
+        self, prompt_tokens: int, new_tokens: int = 256, **wishes: Any
+    ) -> tuple[Snapshot, Explanation]:
+        """Why that route, or why there is none; and the view of the swarm it is said of."""
+        return await self._planner.explain(await self._dry(prompt_tokens, new_tokens, wishes))
+
+    async def _dry(
+        self, prompt_tokens: int, new_tokens: int, wishes: Mapping[str, Any]
+    ) -> RouteRequest:
+        checked = Wishes(**wishes)
+        await self.start()
+        self.check_context(prompt_tokens, new_tokens)
+        await self._member.refresh(self.spec_digest, older_s=STALE_S)
+        spec = self.folder.spec
+        return without_habits(self._planner.request(spec, prompt_tokens, new_tokens, checked))
+
+    async def trace(self, session: str = LAST) -> SessionTrace:
+        """Where the time of an answer went, by the name in its `Completion`; it may be weeks old.
+
+        Raises UsageError if there is none.
+        """
+        await self._tracer.settle()
+        return load(self._tracer.folder, session)
 
     # --- parts of a request -----------------------------------------------------------------------
 
@@ -306,88 +276,13 @@ class AsyncClient:
         if prompt_tokens + new_tokens > limit:
             raise ContextTooLong(prompt_tokens, new_tokens, limit)
 
-    def _view(self) -> Snapshot:
-        links = self._member.links.rtts
-        return snapshot(
-            self._member.alive(),
-            _own_links(self._member.transport.local, links),
-            self._clock.wall(),
-        )
-
     async def _open(
-        self, prompt_tokens: int, new_tokens: int, *, client_loop: bool = False
-    ) -> OpenSession:
+        self, prompt_tokens: int, new_tokens: int, wishes: Wishes, *, client_loop: bool = False
+    ) -> tuple[OpenSession, Plan]:
         """A session with room for prompt and answer, along the best route that accepts it."""
         await self._member.refresh(self.spec_digest, older_s=STALE_S)
-        deny: set[PeerId] = set()
-        refusal: Refused | PeerLost | None = None
-        refusals, give_up_s = 0, self._clock.monotonic() + SEARCH_S
-        while refusals < ATTEMPTS and self._clock.monotonic() < give_up_s:
-            try:
-                route = await self._route(prompt_tokens, new_tokens, frozenset(deny))
-            except NoRoute:
-                if refusal is not None:
-                    raise refusal from None
-                raise
-            session = self._runtime.open(
-                route, self.spec_digest, prompt_tokens + new_tokens, client_loop=client_loop
-            )
-            try:
-                await self._opened(session)
-            except (Refused, PeerLost) as error:
-                refusal = error
-                refusals += isinstance(error, Refused)
-                deny.add(PeerId(error.peer))
-                self._forget_lost(error)
-            else:
-                return session
-        assert refusal is not None
-        raise refusal
-
-    async def _route(self, prompt_tokens: int, new_tokens: int, deny: frozenset[PeerId]) -> Route:
-        """The best route without the peers in `deny`. Raises NoRoute."""
-        spec = self.folder.spec
-        request = RouteRequest(
-            model=spec.digest,
-            layers=spec.layers,
-            hidden_bytes=spec.hidden * 4,
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            client=self._member.transport.local,
-            model_name=spec.name,
-            deny=deny,
-        )
-        try:
-            return find_route(self._view(), request, self._clock.monotonic(), self._rng)
-        except NoRoute:
-            if deny:
-                raise
-            await self._member.refresh(spec.digest)  # a peer may have come since
-            return find_route(self._view(), request, self._clock.monotonic(), self._rng)
-
-    async def _opened(self, session: OpenSession) -> None:
-        """Wait until the session is open; it is closed if it does not come to that."""
-        try:
-            async with asyncio.timeout(self.config.connect_s):
-                await session.ready()
-        except TimeoutError:
-            silent = session.machine.silent
-            if not silent:
-                return  # the last one answered at that very moment
-            session.close()
-            # A stage also keeps silent while it waits for the next one: blame one without a link.
-            connected = self._member.links.connected
-            stage = next((stage for stage in silent if not connected(stage.peer)), silent[0])
-            how = f"did not open within {self.config.connect_s:.0f} s"
-            raise PeerLost(stage.peer, (stage.span.first, stage.span.end), how) from None
-        except BaseException:
-            session.close()
-            raise
-
-    def _forget_lost(self, error: Exception) -> None:
-        """A peer that was seen dead is not used again until it announces itself anew."""
-        if isinstance(error, PeerLost):
-            self._member.directory.forget(PeerId(error.peer))
+        request = self._planner.request(self.folder.spec, prompt_tokens, new_tokens, wishes)
+        return await self._opener.open(request, self.config.connect_s, client_loop=client_loop)
 
     async def _next(self, session: OpenSession) -> object:
         try:
@@ -397,192 +292,22 @@ class AsyncClient:
             session.close()
             raise NetworkError(f"no token for {STALL_S:.0f} s", remedy="try again") from None
         except PeerLost as error:
-            self._forget_lost(error)
+            self._opener.forget_lost(error)
             raise
 
+    # --- after an answer --------------------------------------------------------------------------
 
-def _own_links(local: PeerId, rtts: Mapping[PeerId, float]) -> dict[tuple[PeerId, PeerId], Link]:
-    return {(local, peer): Link(rtt) for peer, rtt in rtts.items()}
-
-
-class Answer:
-    """Pieces of text as they come; `completion` is complete after the last one."""
-
-    def __init__(self, source: AsyncGenerator[str | Completion, None]) -> None:
-        self._source = source
-        self._completion: Completion | None = None
-
-    def __aiter__(self) -> AsyncIterator[str]:
-        return self
-
-    async def __anext__(self) -> str:
-        async for item in self._source:
-            if isinstance(item, Completion):
-                self._completion = item
-                continue
-            return item
-        raise StopAsyncIteration
-
-    async def aclose(self) -> None:
-        """Cancel: the peers stop and free what they hold."""
-        await self._source.aclose()
-
-    @property
-    def completion(self) -> Completion:
-        if self._completion is None:
-            raise SessionClosed("the answer is not complete")
-        return self._completion
-
-
-class Conversation:
-    """Turns of one session: each turn sends only the ids that the stages do not hold yet."""
-
-    def __init__(self, client: AsyncClient) -> None:
-        self._client = client
-        self._session: OpenSession | None = None
-        self._busy = False
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
-
-    async def generate(self, prompt: Prompt, **options: Any) -> Completion:
-        """Answer the whole conversation so far, given as messages, text or ids."""
-        answer = self.stream(prompt, **options)
-        async for _ in answer:
-            continue
-        return answer.completion
-
-    def stream(self, prompt: Prompt, **options: Any) -> Answer:
-        return Answer(self._answer(prompt, Options(**options)))
-
-    async def close(self) -> None:
-        """Free the peers."""
-        if self._session is not None:
-            self._session.close()
-            self._session = None
-
-    async def _answer(
-        self, prompt: Prompt, options: Options
-    ) -> AsyncGenerator[str | Completion, None]:
-        if self._busy:
-            raise SessionClosed("the conversation is busy", remedy="wait for the turn to end")
-        self._busy = True
-        try:
-            async with contextlib.aclosing(self._turn(prompt, options)) as pieces:
-                async for piece in pieces:
-                    yield piece
-        finally:
-            self._busy = False
-
-    async def _turn(
-        self, prompt: Prompt, options: Options
-    ) -> AsyncGenerator[str | Completion, None]:
-        client, began_s = self._client, time.monotonic()
-        sampling = options.sampling()
-        await client.start()
-        ids = client.encode(prompt)
-        client.check_context(len(ids), options.max_new_tokens)
-        session, position = await self._ready(ids, options.max_new_tokens)
-        stops = client.tokenizer.stop_ids
-        turn = Turn(
-            position=position,
-            ids=tuple(ids[position:]),
-            max_new=options.max_new_tokens,
-            sampling=sampling,
-            stop_ids=tuple(sorted(stops)),
-            history=tuple(ids),
-        )
-        text = TextStream(client.tokenizer, stop=options.stops)
-        meter = _Meter(began_s)
-        finish = ""
-        session.generate(turn)
-        try:
-            while not finish:
-                event = await client._next(session)
-                if not isinstance(event, Emit) or event.token is None:
-                    continue
-                meter.token(event.token, time.monotonic())
-                finish = event.finish
-                piece = "" if event.token in stops else text.push(event.token)
-                if text.stopped:
-                    finish = "stop"
-                if piece:
-                    meter.pieces.append(piece)
-                    yield piece
-            rest = text.finish()
-            if rest:
-                meter.pieces.append(rest)
-                yield rest
-        finally:
-            self._settle(session)
-        yield Completion(
-            text="".join(meter.pieces),
-            ids=tuple(meter.ids),
-            prompt_tokens=len(ids),
-            finish=finish,
-            route=session.route,
-            ttft_s=meter.ttft_s,
-            tokens_per_s=meter.rate,
-            reused_tokens=position,
-        )
-
-    async def _ready(self, ids: Sequence[int], new_tokens: int) -> tuple[OpenSession, int]:
-        """The session to use and how many of `ids` its stages hold already."""
-        session = self._session
-        if session is not None and (not session.machine.open or session.machine.leaving):
-            await self.close()
-            session = None
-        if session is not None:
-            try:
-                async with asyncio.timeout(self._client.config.connect_s):
-                    await session.extend(len(ids) + new_tokens)
-            except (HexswarmError, TimeoutError):  # a new session may do better
-                await self.close()
-                session = None
-        if session is None:
-            session = self._session = await self._client._open(len(ids), new_tokens)
-        return session, min(_common(session.machine.cached, ids), len(ids) - 1)
-
-    def _settle(self, session: OpenSession) -> None:
-        """After a turn: stop what still runs; a failed session is of no further use."""
-        if session.machine.running:
-            session.cancel()
+    def _after(self, session: OpenSession, plan: Plan, completion: Completion) -> None:
+        """Learn from a finished turn, and have its stages tell where the time went."""
         if session.machine.failed is not None:
-            session.close()
-            self._session = None
+            return
+        announced = self._planner.announced(plan)
+        if completion.tpot_s is not None:
+            self._planner.observed(plan, announced, completion.tpot_s)
 
+        def told(trace: SessionTrace) -> None:
+            computed = {hop.peer: hop.measured.compute_s for hop in trace.hops if hop.measured}
+            self._planner.told(announced, computed)
 
-class _Meter:
-    """What came of one answer, and when."""
-
-    def __init__(self, began_s: float) -> None:
-        self.ids: list[int] = []
-        self.pieces: list[str] = []
-        self._began_s = began_s
-        self._first_s = self._last_s = began_s
-
-    def token(self, token: int, now: float) -> None:
-        if not self.ids:
-            self._first_s = now
-        self.ids.append(token)
-        self._last_s = now
-
-    @property
-    def ttft_s(self) -> float:
-        return self._first_s - self._began_s
-
-    @property
-    def rate(self) -> float:
-        spent_s = self._last_s - self._first_s
-        return (len(self.ids) - 1) / spent_s if spent_s > 0 else 0.0
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common start."""
-    for index, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return index
-    return min(len(a), len(b))
+        name, now = self.folder.spec.name, self._clock.wall()
+        self._tracer.begin(session, draft(plan, completion, name, now), told)

@@ -1,7 +1,8 @@
 """Configuration: one frozen dataclass per role; the only reader of the environment.
 
-A field's metadata holds its help text and, where it differs from the name, its flag; the doors
-derive their flags from it (`add_flags`, `from_flags`), so that no option is written twice.
+A field's metadata holds its help text and, where they differ from what name and type say, its
+`flag`, how to `parse` one value, and whether there may be `many`; the doors derive their flags from
+it (`add_flags`, `from_flags`), so that no option is written twice.
 Order of precedence: default < environment (HEXSWARM_<FIELD>) < flag.
 """
 
@@ -45,6 +46,28 @@ def default_bootstrap() -> tuple[str, ...]:
     """Bootstrap addresses of the environment (HEXSWARM_BOOTSTRAP, separated by commas)."""
     given = os.environ.get("HEXSWARM_BOOTSTRAP", "")
     return tuple(address.strip() for address in given.split(",") if address.strip())
+
+
+def seconds(text: str) -> float:
+    """Seconds of "0.25", "0.25s" or "250ms". Raises UsageError."""
+    for unit, scale in (("ms", 1e-3), ("s", 1.0), ("", 1.0)):
+        if text.endswith(unit):
+            return scale * _number(text.removesuffix(unit), text, 'seconds, as "0.25" or "250ms"')
+    raise AssertionError("every text ends with nothing")
+
+
+def byte_rate(text: str) -> float:
+    """Bytes per second of "1500000", "1.5MB" or "1.5MB/s". Raises UsageError."""
+    digits = text.removesuffix("/s").removesuffix("B")
+    scale = {"k": 1e3, "M": 1e6, "G": 1e9}.get(digits[-1:], 1.0)
+    return scale * _number(digits.rstrip("kMG"), text, 'bytes per second, as "1.5MB"')
+
+
+def _number(digits: str, text: str, what: str) -> float:
+    try:
+        return float(digits)
+    except ValueError:
+        raise UsageError(f"{text!r} is not a number of {what}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +151,14 @@ def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
     for item in dataclasses.fields(config):
         if "help" not in item.metadata:
             continue
-        kind, many = _element(hints[item.name])
+        kind, many = _element(hints[item.name], item.metadata)
         parser.add_argument(
-            "--" + item.name.replace("_", "-"),
+            item.metadata.get("flag", "--" + item.name.replace("_", "-")),
             dest=item.name,
             default=None,
             type=_for_argparse(kind),
             action="append" if many else "store",
-            metavar=item.name.upper(),
+            metavar=item.metadata.get("metavar", item.name.upper()),
             help=item.metadata["help"]
             + ("" if item.default in (None, ()) else f" (default: {item.default})"),
         )
@@ -153,7 +176,7 @@ def from_flags(
     values: dict[str, Any] = {}
     for item in dataclasses.fields(config):  # type: ignore[arg-type]
         given = getattr(flags, item.name, None)
-        kind, many = _element(hints[item.name])
+        kind, many = _element(hints[item.name], item.metadata)
         name = "HEXSWARM_" + item.name.upper()
         if given is None and "help" in item.metadata and environment.get(name):
             try:
@@ -180,8 +203,10 @@ def _for_argparse(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     return parse
 
 
-def _element(hint: Any) -> tuple[Any, bool]:
-    """The parser of one value of type `hint`, and whether many are allowed."""
+def _element(hint: Any, metadata: Mapping[str, Any]) -> tuple[Any, bool]:
+    """The parser of one value of a field of type `hint`, and whether many are allowed."""
+    if "parse" in metadata:
+        return metadata["parse"], metadata.get("many", False)
     if typing.get_origin(hint) is tuple:
         return typing.get_args(hint)[0], True
     if isinstance(hint, types.UnionType):

@@ -209,7 +209,8 @@ def run(flags: argparse.Namespace) -> int:
 
     from hexswarm.ask import print_stream
     from hexswarm.blocking import Client
-    from hexswarm.cli import sampling_options
+    from hexswarm.cli import given
+    from hexswarm.options import Options
     from hexswarm.progress import Terminal
     from hexswarm.store import resolve
 
@@ -225,7 +226,7 @@ def run(flags: argparse.Namespace) -> int:
         messages = [{"role": "user", "content": flags.prompt}]
         print(f"\n> {flags.prompt}", flush=True)
         with Client(swarm.bootstrap, model=model, home=swarm.home / "client") as client:
-            options = sampling_options(flags)
+            options = given(Options, flags)
             stream = client.generate(messages, stream=True, **options)
             completion = print_stream(stream)
         print(f"\nroute        {completion.route}")

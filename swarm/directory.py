@@ -23,6 +23,7 @@ under the index key of all models, from which `hexswarm status` lists what exist
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -154,22 +155,52 @@ def _packed_key(model: str, peer: PeerId, shards: int) -> bytes:
 
 
 class Directory:
-    """The announcements known at the moment; a pure fold over what arrives."""
+    """The announcements known at the moment; a pure fold over what arrives.
+
+    `version` counts what changed, so that whoever derives something from the directory (a snapshot
+    of 10,000 records) can keep it as long as nothing did, and mend it where little did.
+    """
 
     def __init__(self) -> None:
+        self.version = 0
         self._records: dict[PeerId, SignedAnnouncement] = {}
+        self._changed: dict[PeerId, int] = {}
+        """The version that each record came with, the latest at the end."""
 
     def merge(self, records: Iterable[SignedAnnouncement]) -> None:
         for record in records:
             held = self._records.get(record.peer)
             if held is None or _rank(record) > _rank(held):
-                self._records[record.peer] = record
+                self._put(record)
 
     def forget(self, peer: PeerId) -> None:
         """Drop a peer that was seen dead; a newer announcement brings it back."""
         held = self._records.get(peer)
-        if held is not None:
-            self._records[peer] = SignedAnnouncement(held.announcement, -math.inf, held.data)
+        if held is not None and held.expires_s > -math.inf:
+            self._put(SignedAnnouncement(held.announcement, -math.inf, held.data))
+
+    def _put(self, record: SignedAnnouncement) -> None:
+        self.version += 1
+        self._records[record.peer] = record
+        self._changed.pop(record.peer, None)
+        self._changed[record.peer] = self.version
+
+    def changed(self, since: int) -> list[PeerId]:
+        """The peers whose record came, changed or was forgotten after that version."""
+        news = itertools.takewhile(
+            lambda peer: self._changed[peer] > since, reversed(self._changed)
+        )
+        return list(news)
+
+    def record(self, peer: PeerId, now: float) -> SignedAnnouncement | None:
+        """What the peer says, unless it ran out."""
+        held = self._records.get(peer)
+        return held if held is not None and held.expires_s > now else None
+
+    def next_expiry(self, now: float) -> float:
+        """When the first of those alive runs out if it is not renewed."""
+        times = (record.expires_s for record in self._records.values())
+        return min((time for time in times if time > now), default=math.inf)
 
     def alive(self, now: float) -> tuple[Announcement, ...]:
         """Announcements that have not run out, ordered by peer id."""
@@ -187,6 +218,8 @@ class Directory:
             if record.expires_s > now - EXPIRE_S
             or (record.expires_s == -math.inf and record.announcement.issued_s > now - EXPIRE_S)
         }
+        for peer in self._changed.keys() - self._records.keys():
+            del self._changed[peer]
 
 
 def _rank(record: SignedAnnouncement) -> tuple[int, float, bytes]:

@@ -16,27 +16,35 @@ the neighbour counts as lost: what was under way on it will not come.
 Life is judged by bytes: a watched neighbour (one that a session depends on) that has been silent
 for `PING_AFTER_S` is pinged on each of its links, and answers where it was asked; a link that stays
 silent for `silence_s` is lost. If we ourselves were held up (a machine that swaps, a long call),
-that time is nobody's silence. Every pong measures the round trip.
+that time is nobody's silence. What pings and bulk frames tell of the way, `hexswarm.measuring`
+keeps: round trip, jitter and bandwidth to every neighbour (`Links.ways`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from hexswarm.clock import Clock
 from hexswarm.errors import PeerLost, RemoteProtocolError
-from hexswarm.messages import PROTOCOL_VERSION, Hello, Message, Ping, Pong
+from hexswarm.link import BULK as BULK
+from hexswarm.link import STEP as STEP
+from hexswarm.link import Link
+from hexswarm.link import Outgoing as Outgoing
+from hexswarm.measuring import KINDS, MEASURE_S, SAMPLES, Measuring
+from hexswarm.messages import PROTOCOL_VERSION, Hello, Message
+from hexswarm.meter import Inflow
+from hexswarm.records import Link as Way
 from hexswarm.records import PeerId
 from hexswarm.transports.base import Stream, Transport
 from hexswarm.wire import Frame, FrameDecoder, pack
 
 log = logging.getLogger(__name__)
 
-STEP, BULK = 0, 1
 PING_AFTER_S = 2.0
 TICK_S = 0.5
 HELLO_S = 10.0
@@ -48,45 +56,6 @@ MAX_HALF_OPEN = 64
 """Incoming links of which one lane is here; a newer one takes the place of the oldest."""
 MAX_HALF_OPEN_EACH = 4
 """The same, of one peer."""
-
-Outgoing = tuple[Message, bytes | memoryview]
-
-
-class Link:
-    """Both lanes to one neighbour, and what is known of its life."""
-
-    def __init__(self, peer: PeerId, name: bytes, now: float, *, dialled: bool) -> None:
-        self.peer = peer
-        self.name = name
-        self.dialled = dialled
-        """By us."""
-        self.lanes: dict[int, Stream] = {}
-        self.decoders: dict[int, FrameDecoder] = {}
-        self.since_s = now
-        """When it was begun, later: when it was ready."""
-        self.heard_s = now
-        self.used = False
-        """It carried something for a session."""
-        self.closed = False
-        self.tasks: set[asyncio.Task[None]] = set()
-
-    @property
-    def whole(self) -> bool:
-        return len(self.lanes) == 2
-
-    def stalled(self, now: float) -> bool:
-        return any(decoder.stalled(now) for decoder in self.decoders.values())
-
-    def write(self, outgoing: Iterable[Outgoing], lane: int = STEP) -> int:
-        """Send frames in one go; the bytes that wait now."""
-        stream = self.lanes[lane]
-        stream.write([part for message, payload in outgoing for part in pack(message, payload)])
-        return stream.backlog
-
-    def close(self) -> None:
-        self.closed = True
-        for stream in self.lanes.values():
-            stream.close()
 
 
 class Links:
@@ -119,8 +88,7 @@ class Links:
         self._half_open: dict[tuple[PeerId, bytes], Link] = {}
         self._dialling: dict[PeerId, asyncio.Task[None]] = {}
         self._watched: Counter[PeerId] = Counter()
-        self._pings: dict[int, float] = {}
-        self._rtt_s: dict[PeerId, float] = {}
+        self._measuring = Measuring(self, clock)
         self._tasks: set[asyncio.Task[None]] = set()
         """The ticker, and what serves incoming lanes."""
         self._beat_s = clock.monotonic()
@@ -139,7 +107,7 @@ class Links:
         links += self._half_open.values()
         self._links.clear()
         self._half_open.clear()
-        tasks = {*self._tasks, *self._dialling.values()}
+        tasks = {*self._tasks, *self._dialling.values(), *self._measuring.close()}
         for link in links:
             link.close()
             tasks |= link.tasks
@@ -153,13 +121,13 @@ class Links:
     def peers(self) -> list[PeerId]:
         return list(self._links)
 
-    @property
-    def rtts(self) -> dict[PeerId, float]:
-        """Smoothed round-trip seconds to the neighbours that were measured."""
-        return dict(self._rtt_s)
-
     async def connect(self, peer: PeerId, addresses: Sequence[str]) -> None:
         """Have a link to `peer`, an existing one if possible. Raises PeerLost."""
+        self._measuring.wanted(peer)
+        await self.reach(peer, addresses)
+
+    async def reach(self, peer: PeerId, addresses: Sequence[str]) -> None:
+        """The same for measuring alone: the link may end when nobody measures any more."""
         if self.connected(peer):
             return
         task = self._dialling.get(peer)
@@ -184,7 +152,9 @@ class Links:
         if not links:
             return False
         link = links[0]
-        link.used = True
+        link.use(self._clock.monotonic())
+        if lane == BULK:
+            self._measuring.bulk_moved()
         if link.write(outgoing, lane) > MAX_BACKLOG_BYTES:
             self._drop(link, "does not read what it is sent")
             return False
@@ -200,6 +170,96 @@ class Links:
         self._watched[peer] -= 1
         if self._watched[peer] <= 0:
             del self._watched[peer]
+
+    # --- measuring ------------------------------------------------------------------------
+
+    @property
+    def ways(self) -> dict[PeerId, Way]:
+        """What was measured: of neighbours, and for ten minutes of those that were."""
+        return self._measuring.ways()
+
+    @property
+    def rtts(self) -> dict[PeerId, float]:
+        """Round-trip seconds to the neighbours that were measured."""
+        return {peer: way.rtt_s for peer, way in self.ways.items() if self.connected(peer)}
+
+    @property
+    def up_bytes_per_s(self) -> float | None:
+        """Fastest that a neighbour lately received from us; None if nobody told."""
+        return self._measuring.up_bytes_per_s()
+
+    @property
+    def down_bytes_per_s(self) -> float | None:
+        """Fastest that we lately received from a neighbour; None if not measured."""
+        return self._measuring.down_bytes_per_s()
+
+    def used_within(self, seconds: float) -> list[PeerId]:
+        """Neighbours with which a session had to do in the last `seconds`."""
+        since_s = self._clock.monotonic() - seconds
+        return [peer for peer in self._links if self.idle_since_s(peer) >= since_s]
+
+    def ping(self, peer: PeerId) -> None:
+        """Measure the round trip to a connected peer once, and wait for nothing."""
+        for link in self._links.get(peer, ())[:1]:
+            self._ping(link)
+
+    async def measure(
+        self,
+        peer: PeerId,
+        addresses: Sequence[str],
+        samples: int = SAMPLES,
+        within_s: float = MEASURE_S,
+    ) -> Way | None:
+        """The way to `peer`, measured now; None if it does not answer in time."""
+        return await self._measuring.measure(peer, addresses, samples, within_s)
+
+    async def measure_all(
+        self,
+        peers: Iterable[tuple[PeerId, Sequence[str]]],
+        samples: int = SAMPLES,
+        within_s: float = MEASURE_S,
+    ) -> dict[PeerId, Way]:
+        """The ways to those of `peers` that answered in time, measured at the same time."""
+        return await self._measuring.measure_all(peers, samples, within_s)
+
+    async def ask(self, via: PeerId, peer: PeerId, addresses: Sequence[str]) -> Way | None:
+        """The way from the neighbour `via` to `peer`, as it measures it now.
+
+        None if there is no link to `via`, or it does not answer, or cannot reach `peer`, or has
+        measured too much for us lately.
+        """
+        return await self._measuring.ask(via, peer, addresses)
+
+    def probe(self, candidates: Iterable[PeerId]) -> PeerId | None:
+        """Find out how fast bytes come in at one of the connected `candidates`.
+
+        Call it often: it chooses whose turn it is, mostly nobody's, and returns who was chosen.
+        """
+        connected = (peer for peer in candidates if self.connected(peer))
+        return self._measuring.probe(connected, BULK)
+
+    def tell(self, peer: PeerId, message: Message, payload: bytes = b"", lane: int = STEP) -> bool:
+        """Send something that belongs to no session; False if there is no link."""
+        for link in self._links.get(peer, ())[:1]:
+            link.write([(message, payload)], lane)
+            return True
+        return False
+
+    def idle_since_s(self, peer: PeerId) -> float:
+        """When a session last had to do with `peer`, -inf for never."""
+        return max((link.used_s for link in self._links.get(peer, ())), default=-math.inf)
+
+    def let_go(self, peer: PeerId) -> bool:
+        """End the way to `peer` if no session ever used it and nobody depends on it."""
+        links = self._links.get(peer, [])
+        if peer in self._watched or any(link.used for link in links):
+            return False
+        for link in list(links):
+            self._drop(link, "was of no use")
+        return True
+
+    def _ping(self, link: Link) -> None:
+        link.write([(self._measuring.ping(link.peer), b"")])
 
     # --- making links ---------------------------------------------------------------------
 
@@ -307,44 +367,49 @@ class Links:
 
     async def _pump(self, link: Link, lane: int, early: list[Frame]) -> None:
         how = "vanished"
-        stream, decoder = link.lanes[lane], link.decoders[lane]
+        stream, decoder, inflow = link.lanes[lane], link.decoders[lane], Inflow()
         try:
-            self._take(link, early)
+            self._take(link, early, lane)
             while (data := await stream.read(READ_BYTES)) and not link.closed:
-                link.heard_s = self._clock.monotonic()
-                self._take(link, decoder.feed(data, link.heard_s))
+                now = link.heard_s = self._clock.monotonic()
+                frames = decoder.feed(data, now)
+                bytes_per_s = 0.0
+                if lane == BULK:
+                    largest = max((len(frame.payload) for frame in frames), default=None)
+                    if burst := inflow.read(len(data), largest, now):
+                        bytes_per_s = self._measuring.arrived(link.peer, *burst)
+                self._take(link, frames, lane, bytes_per_s)
         except RemoteProtocolError as error:
             how = f"broke the protocol: {error}"
         finally:
             self._drop(link, how)
 
-    def _take(self, link: Link, frames: list[Frame]) -> None:
+    def _take(
+        self, link: Link, frames: list[Frame], lane: int = STEP, bytes_per_s: float = 0.0
+    ) -> None:
+        """Hand on what arrived on a lane, the last of it at `bytes_per_s` (0: not known)."""
         rest = []
         for frame in frames:
             message = frame.message
             if isinstance(message, Hello) or not link.whole:
                 raise RemoteProtocolError("frames out of place: a link begins with two greetings")
-            if isinstance(message, Ping):
-                link.write([(Pong(message.nonce), b"")])
-            elif isinstance(message, Pong):
-                self._measure(link.peer, message.nonce)
+            if isinstance(message, KINDS):
+                size = len(frame.payload)
+                answer = self._measuring.take(link.peer, message, size, bytes_per_s)
+                if answer is not None:
+                    link.write([(answer, b"")])
             else:
                 rest.append(frame)
         if not rest:
             return
-        link.used = True
+        link.use(link.heard_s)
+        if lane == BULK:
+            self._measuring.bulk_moved()
         try:
             self._on_frames(link.peer, rest)
         except Exception:  # a mistake of ours: be loud, and leave no session half served
             log.exception("frames from %s could not be handled", link.peer[-8:])
             self._drop(link, "sent what could not be handled")
-
-    def _measure(self, peer: PeerId, nonce: int) -> None:
-        sent_s = self._pings.pop(nonce, None)
-        if sent_s is not None:
-            sample = self._clock.monotonic() - sent_s
-            held = self._rtt_s.get(peer)
-            self._rtt_s[peer] = sample if held is None else min(sample, 0.8 * held + 0.2 * sample)
 
     def _drop(self, link: Link, how: str) -> None:
         link.close()
@@ -355,7 +420,7 @@ class Links:
         if links and not link.used:
             return
         del self._links[peer]
-        self._rtt_s.pop(peer, None)
+        self._measuring.lost(peer)
         for other in links:
             other.close()
         try:
@@ -364,18 +429,6 @@ class Links:
             log.exception("the loss of %s could not be handled", peer[-8:])
 
     # --- heartbeats -----------------------------------------------------------------------
-
-    def ping(self, peer: PeerId) -> None:
-        """Measure the round trip to a connected peer."""
-        for link in self._links.get(peer, ())[:1]:
-            self._ping(link)
-
-    def _ping(self, link: Link) -> None:
-        nonce = int.from_bytes(os.urandom(7), "big")
-        self._pings[nonce] = self._clock.monotonic()
-        while len(self._pings) > 4096:
-            self._pings.pop(next(iter(self._pings)))
-        link.write([(Ping(nonce), b"")])
 
     async def _tick(self) -> None:
         while True:
@@ -395,6 +448,7 @@ class Links:
         for link in list(self._half_open.values()):
             if now - link.since_s > HELLO_S:
                 link.close()
+        self._measuring.beat(now)
 
     def _check(self, link: Link, silent_s: float) -> None:
         if silent_s > self._silence_s:

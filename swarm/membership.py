@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hexswarm.clock import Clock
@@ -18,7 +19,7 @@ from hexswarm.config import ListenConfig, NetworkConfig
 from hexswarm.dht import SwarmDht, load_remembered, save_remembered
 from hexswarm.directory import INDEX, Directory, SignedAnnouncement
 from hexswarm.links import Links
-from hexswarm.records import Announcement, PeerId, Remembered
+from hexswarm.records import Announcement, Coordinates, PeerId, Remembered
 from hexswarm.transports.libp2p import Libp2pTransport
 from hexswarm.wire import Frame
 
@@ -26,6 +27,23 @@ log = logging.getLogger(__name__)
 
 REFRESH_S = 10.0
 """Period of reading the directory in the background."""
+YOUNG_REFRESH_S = 2.0
+"""The same for a node that others call and that is `YOUNG_S` old at most, or knows fewer than
+`FEW_PEERS` others: two that start together must not wait for each other."""
+YOUNG_S = 60.0
+FEW_PEERS = 2
+PLACE_PEERS = 8
+"""So many round trips tell where a client is."""
+PLACE_PINGS = 2
+PLACE_S = 1.0
+"""Limit for measuring them all; who answers later is heard, but does not count."""
+PLACE_EVERY_S = 300.0
+PLACE_RETRY_S = 5.0
+"""The same while nobody with coordinates has answered."""
+
+Fit = Callable[[Sequence[tuple[Coordinates, float]], random.Random], Coordinates | None]
+"""Coordinates out of others' and the round trips to them: `hexswarm.router.vivaldi.fit`, which the
+ground floor does not import."""
 
 
 class Membership:
@@ -42,6 +60,9 @@ class Membership:
         self._models: set[str] = set()
         self._refreshed_s: dict[str, float] = {}
         self._refresher: asyncio.Task[None] | None = None
+        self._joined_s = 0.0
+        self._place: Coordinates | None = None
+        self._place_again_s = 0.0
 
     async def join(
         self,
@@ -85,6 +106,7 @@ class Membership:
             silence_s=silence_s,
         )
         await self.links.start(listen=listening)
+        self._joined_s = self.clock.monotonic()
         self._refresher = asyncio.create_task(self._refresh_for_ever())
 
     async def close(self) -> None:
@@ -120,6 +142,35 @@ class Membership:
         """Merge announcements, wherever they came from."""
         self.directory.merge(records)
 
+    def others(self) -> list[Announcement]:
+        """Everybody alive but this process."""
+        return [item for item in self.alive() if item.peer != self.transport.local]
+
+    async def place(self, rng: random.Random, fit: Fit) -> Coordinates | None:
+        """Where this process is, for one that announces nothing: a client.
+
+        A few peers spread at random are measured, at most every `PLACE_EVERY_S`; what was measured
+        is in `links.ways`. None as long as nobody with coordinates answers.
+        """
+        now = self.clock.monotonic()
+        if now < self._place_again_s:
+            return self._place
+        self._place_again_s = now + PLACE_RETRY_S
+        known = [item for item in self.others() if item.coordinates is not None]
+        chosen = rng.sample(known, min(PLACE_PEERS, len(known)))
+        ways = await self.links.measure_all(
+            [(item.peer, item.addresses) for item in chosen], PLACE_PINGS, PLACE_S
+        )
+        samples = [
+            (item.coordinates, ways[item.peer].rtt_s)
+            for item in chosen
+            if item.peer in ways and item.coordinates is not None
+        ]
+        found = fit(samples, rng) if samples else None
+        if found is not None:
+            self._place, self._place_again_s = found, now + PLACE_EVERY_S
+        return self._place
+
     @property
     def _memory(self) -> Path:
         """Peers remembered; one file for each bootstrap set would separate swarms too eagerly."""
@@ -127,13 +178,19 @@ class Membership:
 
     async def _refresh_for_ever(self) -> None:
         while True:
-            await asyncio.sleep(REFRESH_S)
+            await asyncio.sleep(YOUNG_REFRESH_S if self._young() else REFRESH_S)
             for model in tuple(self._models):
                 try:
                     await self.refresh(model)
                 except Exception as error:  # hivemind raises many kinds; the view stays old
                     log.warning("reading the directory failed: %r", error)
             self.directory.expire(self.clock.wall())
+
+    def _young(self) -> bool:
+        if not isinstance(self.config, ListenConfig):
+            return False
+        age_s = self.clock.monotonic() - self._joined_s
+        return age_s < YOUNG_S or len(self.others()) < FEW_PEERS
 
     def _remember(self) -> None:
         """Write down who is there, at once: a process may live for seconds or be killed."""

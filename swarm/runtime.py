@@ -2,21 +2,30 @@
 
 One `SessionRuntime` serves all sessions of a client over shared links. A session in use is an
 `OpenSession`: the state machine plus the queue on which its caller waits.
+
+Every stage tells its load when it grants or refuses a lease. The runtime remembers the newest word
+of each peer in `loads`, whatever became of the session: that is fresher than any announcement, and
+what a refusal teaches is worth most.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import weakref
 from collections.abc import Iterable
 
+from hexswarm.clock import Clock, RealClock
 from hexswarm.errors import HexswarmError, PeerLost
 from hexswarm.links import BULK, STEP, Links, Outgoing
-from hexswarm.records import PeerId, Route
+from hexswarm.messages import Opened, Refuse, Traced
+from hexswarm.records import Load, PeerId, Route
 from hexswarm.session import (
     Connect,
     Emit,
     EmitLogits,
+    EmitTraces,
     Fail,
     Instruction,
     Ready,
@@ -28,6 +37,11 @@ from hexswarm.wire import Frame
 
 Event = Emit | EmitLogits | Ready
 
+TRACE_S = 1.0
+"""How long `trace` waits: longer than any round trip, and nobody's answer waits for it."""
+MAX_LOADS = 1024
+"""Peers whose load is remembered: far more than a client talks to within a load's life."""
+
 
 class OpenSession:
     """A session and its one listener."""
@@ -36,6 +50,18 @@ class OpenSession:
         self.machine = machine
         self.events: asyncio.Queue[Event | Fail] = asyncio.Queue()
         self._runtime = runtime
+        self._traced = asyncio.Event()
+        self._tracing = asyncio.Lock()
+
+    @property
+    def name(self) -> str:
+        """What people call the session: the first eight hex digits of its key."""
+        return self.machine.name
+
+    @property
+    def refusing(self) -> frozenset[PeerId]:
+        """All peers known by now to have refused the session, or to be out of reach for it."""
+        return frozenset(self.machine.refusing)
 
     @property
     def route(self) -> Route:
@@ -70,6 +96,19 @@ class OpenSession:
         self._runtime.carry_out(self, self.machine.cancel())
         self._forget_events()
 
+    async def trace(self) -> dict[PeerId, Traced]:
+        """Where the time of the last turn went, by stage; without those that do not tell in time.
+
+        Ask before `close`, and best when no turn runs: the sums are those of the turn so far.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(TRACE_S), self._tracing:
+                self._traced.clear()
+                self._runtime.carry_out(self, self.machine.trace())
+                if self.machine.failed is None:
+                    await self._traced.wait()
+        return dict(self.machine.traced)
+
     def close(self) -> None:
         self._runtime.close(self)
 
@@ -86,9 +125,14 @@ class OpenSession:
 class SessionRuntime:
     """All sessions of one client."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock | None = None) -> None:
         self.links: Links  # set once joined: links and runtime know each other
+        self.loads: dict[PeerId, tuple[float, Load]] = {}
+        """When each peer last told its load (monotonic time), and the load; newest last."""
+        self._clock = clock or RealClock()
         self._sessions: dict[bytes, OpenSession] = {}
+        self._held: weakref.WeakValueDictionary[bytes, OpenSession] = weakref.WeakValueDictionary()
+        """Also those that ended, while their caller has them: refusals may still come in."""
         self._dials: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
@@ -100,7 +144,7 @@ class SessionRuntime:
         """Begin to open a session along `route`; await `ready()` on the result."""
         machine = Session(os.urandom(16), route, digest, kv_tokens, client_loop=client_loop)
         session = OpenSession(self, machine)
-        self._sessions[machine.key] = session
+        self._sessions[machine.key] = self._held[machine.key] = session
         for stage in route.stages:
             self.links.watch(stage.peer)
         self.carry_out(session, machine.start())
@@ -131,9 +175,17 @@ class SessionRuntime:
                 for session in list(self._sessions.values()):
                     self.carry_out(session, session.machine.on_frame(peer, frame))
                 continue
-            found = self._sessions.get(key)
+            if isinstance(frame.message, Opened | Refuse):
+                self._hear(peer, frame.message.load)
+            found = self._held.get(key)
             if found is not None:
                 self.carry_out(found, found.machine.on_frame(peer, frame))
+
+    def _hear(self, peer: PeerId, load: Load) -> None:
+        self.loads.pop(peer, None)
+        self.loads[peer] = self._clock.monotonic(), load
+        if len(self.loads) > MAX_LOADS:
+            del self.loads[next(iter(self.loads))]
 
     def on_lost(self, peer: PeerId, how: str) -> None:
         for session in list(self._sessions.values()):
@@ -152,7 +204,10 @@ class SessionRuntime:
                 case Emit() | EmitLogits() | Ready() | Fail():
                     session.events.put_nowait(instruction)
                     if isinstance(instruction, Fail):
+                        session._traced.set()
                         self._release(session)
+                case EmitTraces():
+                    session._traced.set()
         for (peer, lane), outgoing in sends.items():
             sent = self.links.send(peer, outgoing, lane)
             if not sent and session.machine.failed is None:

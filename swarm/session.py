@@ -8,7 +8,14 @@ tail how to choose, and then only listens: the ring feeds itself. Several turns 
 turn that starts below the cached length crops it, so the only state kept between turns is the list
 of token ids whose KV the stages hold.
 
-Nothing here reads a clock, opens a stream or knows asyncio: `swarm/client.py` carries the
+All stages are asked at once, and what each grants is at first a reservation of some seconds
+(`hexswarm.peer.admission`): whoever does not begin soon blocks nobody. The first turn therefore
+speaks to every stage: the head gets ids and the others `Generate`, because a stage in the middle
+would hear of a long prompt only when those before it have computed some of it. The first refusal
+ends the session: waiting for what the others say would cost time and no route would come of it.
+Refusals that cross it on the way are remembered in `refusing`, so that the next route avoids all.
+
+Nothing here reads a clock, opens a stream or knows asyncio: `swarm/runtime.py` carries the
 instructions out, the simulator runs the same class on virtual time.
 """
 
@@ -40,6 +47,8 @@ from hexswarm.messages import (
     Refuse,
     Token,
     Tokens,
+    Trace,
+    Traced,
 )
 from hexswarm.records import PeerId, Route, Sampling, Stage
 from hexswarm.wire import Frame
@@ -90,13 +99,18 @@ class EmitLogits:
 
 
 @dataclass(frozen=True, slots=True)
+class EmitTraces:
+    """Every stage has answered `trace`: see `Session.traced`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Fail:
     """The session is over; `error` says why."""
 
     error: HexswarmError
 
 
-Instruction = Connect | Send | Ready | Emit | EmitLogits | Fail
+Instruction = Connect | Send | Ready | Emit | EmitLogits | EmitTraces | Fail
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +143,22 @@ class Session:
         self.leaving = False
         """A stage drains: the session ends when no turn runs."""
         self.failed: HexswarmError | None = None
+        self.refusing: set[PeerId] = set()
+        """Peers that refused the session or could not be reached for it, also after it failed."""
+        self.traced: dict[PeerId, Traced] = {}
+        """What the stages have answered to the last `trace`."""
         self._digest = digest
         self._client_loop = client_loop
         self._granted: set[PeerId] = set()
+        self._was_open = False
         self._expected_position = 0
         self._sure = 0
         """So many of `cached` are computed everywhere: the tail has answered them."""
+
+    @property
+    def name(self) -> str:
+        """What people call the session: too short to speak for it, long enough to find it."""
+        return self.key[:4].hex()
 
     @property
     def open(self) -> bool:
@@ -172,6 +196,8 @@ class Session:
         instructions: list[Instruction] = []
         if not self._client_loop:
             instructions.append(self._policy(turn))
+        if self.turn == 0:
+            instructions += self._commit(turn)
         instructions += self._feed(turn.position, turn.ids)
         self.cached += turn.ids
         return instructions
@@ -198,6 +224,13 @@ class Session:
             Emit(None, len(self.cached), "cancelled"),
         ]
 
+    def trace(self) -> list[Instruction]:
+        """Ask all stages where the time of the last turn went."""
+        self.traced = {}
+        if self.failed is not None:
+            return []
+        return [Send(stage.peer, Trace(self.key, self.epoch)) for stage in self.route.stages]
+
     def close(self) -> list[Instruction]:
         """Free everything at the stages."""
         self.failed = self.failed or SessionClosed("the session was closed")
@@ -210,7 +243,11 @@ class Session:
         return [made for frame in frames for made in self.on_frame(peer, frame)]
 
     def on_frame(self, peer: PeerId, frame: Frame) -> list[Instruction]:
-        if self.failed is not None or peer not in self._peers():
+        if peer not in self._peers():
+            return []
+        if isinstance(frame.message, Refuse) and frame.message.epoch == self.epoch:
+            self.refusing.add(self._blocking(peer, frame.message).peer)
+        if self.failed is not None:
             return []
         match frame.message:
             case Opened() as message if message.epoch == self.epoch:
@@ -223,6 +260,9 @@ class Session:
                 return self._on_logits(message, frame.payload)
             case Failed() as message if message.epoch == self.epoch:
                 return self._fail(self._blame(peer, message))
+            case Traced() as message if message.epoch == self.epoch:
+                self.traced[peer] = message
+                return [EmitTraces()] if len(self.traced) == len(self.route.stages) else []
             case GoAway():
                 self.leaving = True
                 return self._leave() if self.open and not self.running else []
@@ -230,7 +270,11 @@ class Session:
 
     def on_lost(self, peer: PeerId, how: str) -> list[Instruction]:
         """The link to a peer ended, or could not be made."""
-        if self.failed is not None or peer not in self._peers():
+        if peer not in self._peers():
+            return []
+        if not self._was_open:
+            self.refusing.add(peer)
+        if self.failed is not None:
             return []
         return self._fail(PeerLost(peer, self._layers(peer), how))
 
@@ -267,8 +311,18 @@ class Session:
         )
 
     def _policy(self, turn: Turn) -> Send:
+        wanted = turn.history if turn.sampling.repetition_penalty != 1.0 else ()
+        return Send(self.route.tail.peer, self._generate(turn), ids_to_bytes(wanted))
+
+    def _commit(self, turn: Turn) -> list[Instruction]:
+        """Tell the stages that neither ids nor policy reach that their reservation is used."""
+        told = {self.route.head.peer} | (set() if self._client_loop else {self.route.tail.peer})
+        message = self._generate(turn)
+        return [Send(s.peer, message) for s in self.route.stages if s.peer not in told]
+
+    def _generate(self, turn: Turn) -> Generate:
         s = turn.sampling
-        message = Generate(
+        return Generate(
             session=self.key,
             epoch=self.epoch,
             turn=self.turn,
@@ -281,8 +335,6 @@ class Session:
             repetition_penalty=s.repetition_penalty,
             seed=s.seed,
         )
-        wanted = turn.history if s.repetition_penalty != 1.0 else ()
-        return Send(self.route.tail.peer, message, ids_to_bytes(wanted))
 
     def _feed(self, position: int, ids: Sequence[int]) -> list[Instruction]:
         frames: list[Instruction] = []
@@ -309,6 +361,7 @@ class Session:
         if self.open:
             return []
         self._granted.add(peer)
+        self._was_open = self._was_open or self.open
         return [Ready()] if self.open else []
 
     def _on_token(self, message: Token) -> list[Instruction]:
@@ -336,11 +389,16 @@ class Session:
 
     def _refused(self, peer: PeerId, message: Refuse) -> HexswarmError:
         """A stage that cannot reach the next one is seldom the one to do without."""
-        if message.code == "unreachable":
-            after = self.route.stages[self._index(peer) + 1 - len(self.route.stages)]
+        stage = self._blocking(peer, message)
+        if stage.peer != peer:
             how = f"cannot be reached by its neighbour {peer[-8:]}"
-            return PeerLost(after.peer, self._layers(after.peer), how)
+            return PeerLost(stage.peer, self._layers(stage.peer), how)
         return Refused(peer, message.code, message.reason, message.retry_s)
+
+    def _blocking(self, peer: PeerId, message: Refuse) -> Stage:
+        """The stage without which the next route should do."""
+        stages, index = self.route.stages, self._index(peer)
+        return stages[index + 1 - len(stages)] if message.code == "unreachable" else stages[index]
 
     def _blame(self, peer: PeerId, message: Failed) -> HexswarmError:
         if message.code == "lost" and message.peer in self._peers():
@@ -348,15 +406,28 @@ class Session:
             return PeerLost(lost, self._layers(lost), f"was lost by its neighbour {peer[-8:]}")
         if message.code == "draining":
             return PeerLost(peer, self._layers(peer), "has left the swarm")
+        if message.code == "expired" and not self._was_open:
+            return self._too_slow(peer)
         if message.code in ("expired", "unknown"):
             return SessionClosed(f"peer {peer[-8:]}: {message.reason}")
         return Refused(peer, message.code, message.reason)
+
+    def _too_slow(self, peer: PeerId) -> PeerLost:
+        """A reservation ended while others were awaited: blame whom its stage waited for, or,
+        if that stage had answered, the last silent one (others are silent because they wait)."""
+        stages, silent = self.route.stages, self.silent
+        waited = peer not in self._granted
+        slow = stages[self._index(peer) + 1 - len(stages)] if waited else silent[-1]
+        how = "did not open before the reservations of the others ended"
+        return PeerLost(slow.peer, (slow.span.first, slow.span.end), how)
 
     def _leave(self) -> list[Instruction]:
         """Let a stage that drains go at once instead of when its patience ends."""
         return self._fail(SessionClosed("a peer of the route leaves the swarm"))
 
     def _fail(self, error: HexswarmError) -> list[Instruction]:
+        if isinstance(error, PeerLost | Refused) and not self._was_open:
+            self.refusing.add(PeerId(error.peer))
         self.failed = error
         self.running = False
         closing = [Send(stage.peer, Close(self.key)) for stage in self.route.stages]

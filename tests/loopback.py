@@ -23,11 +23,12 @@ from dataclasses import dataclass, field, replace
 from hexswarm import session as client
 from hexswarm.errors import HexswarmError
 from hexswarm.messages import Message
-from hexswarm.peer import stage
+from hexswarm.peer import actions
+from hexswarm.peer.admission import Hosted
 from hexswarm.peer.cache import BlockTables
-from hexswarm.peer.stage import Hosted, StageTable
-from hexswarm.peer.steps import Activations, Result, Row, SessionKey, Step
-from hexswarm.records import PeerId, Route, Sampling, Span, Stage
+from hexswarm.peer.stage import StageTable
+from hexswarm.peer.steps import Activations, Result, Row, SessionKey, Step, TailPolicy
+from hexswarm.records import Load, PeerId, Route, Sampling, Span, Stage
 from hexswarm.session import Session, Turn
 from hexswarm.wire import Frame, FrameDecoder, pack
 
@@ -88,7 +89,7 @@ def answer(ids: Sequence[int], max_new: int, layers: int, stops: Iterable[int] =
     model = IntegerModel(Span(0, layers), layers, 64)
     tokens: list[int] = []
     given = list(ids)
-    policy = stage.TailPolicy(Sampling())
+    policy = TailPolicy(Sampling())
     position = 0
     while len(tokens) < max_new and not set(tokens[-1:]) & set(stops):
         row = Row(bytes(16), position, len(given), given, True, tuple(range(64)), policy=policy)
@@ -129,6 +130,9 @@ class TableLedger:
 
     def expire(self) -> list[SessionKey]:
         return self.tables.expire(self.now)
+
+    def load_now(self) -> Load:
+        return Load(0.25, 1.5, 0.5, self.tables.free_tokens)
 
 
 class Host:
@@ -190,12 +194,15 @@ class Host:
             more = replace(step, position=position, count=left, payload=rest)
             self.steps.appendleft(more)
 
-    def finish(self) -> list[stage.Action]:
+    def compute(self) -> Result | None:
+        """What the piece that was begun gives; nothing if its session has ended."""
         row, self.running = self.running, None
         assert row is not None
-        if row.session not in self.ledger.tables.sessions:
-            return []
-        return self.table.on_results([self.model.run(row)], 0.0)
+        return self.model.run(row) if row.session in self.ledger.tables.sessions else None
+
+    def finish(self) -> list[actions.Action]:
+        result = self.compute()
+        return [] if result is None else self.table.on_results([result], self.ledger.now)
 
 
 @dataclass
@@ -207,6 +214,7 @@ class Told:
     finish: str = ""
     ready: int = 0
     logits: list[bytes] = field(default_factory=list)
+    traced: int = 0
     error: HexswarmError | None = None
 
 
@@ -227,7 +235,7 @@ class Loopback:
             for i, span in enumerate(spans)
         }
         self.channels: dict[Channel, deque[bytes]] = {}
-        self.dials: deque[tuple[PeerId, stage.Dial]] = deque()
+        self.dials: deque[tuple[PeerId, actions.Dial]] = deque()
         self.unreachable: set[frozenset[PeerId]] = set()
         self.sessions: dict[bytes, tuple[PeerId, Session, Told]] = {}
         self.strange: list[tuple[PeerId, PeerId, Message]] = []
@@ -317,22 +325,26 @@ class Loopback:
                         told.positions.append(position)
                 case client.EmitLogits(data=data):
                     told.logits.append(data)
+                case client.EmitTraces():
+                    told.traced += 1
                 case client.Fail(error=error):
                     assert told.error is None, "a session fails once"
                     told.error = error
 
-    def act(self, host: Host, actions: Iterable[stage.Action]) -> None:
-        for action in actions:
+    def act(self, host: Host, made: Iterable[actions.Action]) -> None:
+        for action in made:
             match action:
-                case stage.Send(peer=peer, message=message, payload=payload, lane=lane):
+                case actions.Send(peer=peer, message=message, payload=payload, lane=lane):
                     self.send(host.peer, peer, message, bytes(payload), lane)
-                case stage.Submit(step=step):
+                case actions.Report(peer=peer, message=message):
+                    self.send(host.peer, peer, message)
+                case actions.Submit(step=step):
                     host.submit(step)
-                case stage.Dial():
+                case actions.Dial():
                     self.dials.append((host.peer, action))
-                case stage.Drop(session=key):
+                case actions.Drop(session=key):
                     host.drop(key)
-                case stage.Watch(peer=peer, on=on):
+                case actions.Watch(peer=peer, on=on):
                     host.watched[peer] += 1 if on else -1
                     assert host.watched[peer] >= 0, "unwatched more often than watched"
 
@@ -377,7 +389,7 @@ class Loopback:
         (frame,) = FrameDecoder().feed(self.channels[channel].popleft(), 0.0)
         host = self.hosts.get(target)
         if host is not None:
-            self.act(host, host.table.on_frame(source, frame, 0.0))
+            self.act(host, host.table.on_frame(source, frame, host.ledger.now))
             return
         key = getattr(frame.message, "session", None)
         mine = [s for who, s, _ in self.sessions.values() if who == target]
@@ -407,12 +419,13 @@ class Loopback:
         target: PeerId | str,
         message: Message,
         payload: bytes = b"",
-    ) -> list[stage.Action]:
+    ) -> list[actions.Action]:
         """A host's answer to a frame out of the blue, which is also carried out."""
         host = self.hosts[PeerId(target)]
-        actions = host.table.on_frame(PeerId(source), Frame(message, payload), 0.0)
-        self.act(host, actions)
-        return actions
+        frame = Frame(message, payload)
+        made = host.table.on_frame(PeerId(source), frame, host.ledger.now)
+        self.act(host, made)
+        return made
 
     def _finish_dial(self) -> None:
         peer, dial = self.dials.popleft()
@@ -422,7 +435,7 @@ class Loopback:
     def _refuse(self, host: Host) -> None:
         results = list(host.refused)
         host.refused.clear()
-        self.act(host, host.table.on_results(results, 0.0))
+        self.act(host, host.table.on_results(results, host.ledger.now))
 
     # --- what must hold -------------------------------------------------------------------------
 

@@ -21,7 +21,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-CLIENT = {"__init__", "ask", "blocking", "cli", "client", "demo", "picture", "runtime", "session"}
+CLIENT = {
+    *("__init__", "ask", "blocking", "cli", "client", "demo", "picture", "runtime", "session"),
+    *("axis", "caption", "layout", "map", "paint", "scene", "svg"),
+    *("conversation", "explained", "opening", "options", "planning", "trace", "tracing", "view"),
+}
 """Modules of swarm/ above the ground floor; every other one belongs to it."""
 
 MAY_IMPORT = {

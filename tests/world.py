@@ -1,7 +1,8 @@
 """A small swarm in one process on virtual time: real links, runtimes, servers and stage tables.
 
 What is not real: the network (`transports/memory.py`), the device (`Device`: a host of the loopback
-double whose pieces take `step_s` each), and the clock. Run it with `tests.virtual.run`.
+double whose pieces take `step_s` each, and which says how long each waited), and the clock. Run it
+with `tests.virtual.run`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 from hexswarm.links import Links
@@ -31,9 +33,14 @@ class Device:
         self.host, self.step_s = host, step_s
         self.server: PeerServer
         self._timer: asyncio.TimerHandle | None = None
+        self._ready_s: dict[SessionKey, float] = {}
+        """When each session's next piece could have begun."""
+        self._began_s = 0.0
 
     def submit(self, steps: Iterable[Step]) -> None:
         for step in steps:
+            if all(waiting.session != step.session for waiting in self.host.steps):
+                self._ready_s[step.session] = asyncio.get_running_loop().time()
             self.host.submit(step)
         if self.host.refused:
             asyncio.get_running_loop().call_soon(self._refuse)
@@ -50,10 +57,17 @@ class Device:
     def _go_on(self) -> None:
         if self.host.running is None and self.host.steps:
             self.host.take()
-            self._timer = asyncio.get_running_loop().call_later(self.step_s, self._finish)
+            loop = asyncio.get_running_loop()
+            self._began_s = loop.time()
+            self._timer = loop.call_later(self.step_s, self._finish)
 
     def _finish(self) -> None:
-        self.server.carry_out(self.host.finish())
+        now = asyncio.get_running_loop().time()
+        result = self.host.compute()
+        if result is not None:
+            wait_s = self._began_s - self._ready_s.get(result.row.session, self._began_s)
+            self._ready_s[result.row.session] = now
+            self.server.deliver([replace(result, wait_s=wait_s, compute_s=now - self._began_s)])
         self._go_on()
 
 
@@ -104,7 +118,7 @@ class World:
             for i, span in enumerate(spans)
         ]
         self.transport = self.network.transport(CLIENT)
-        self.runtime = SessionRuntime()
+        self.runtime = SessionRuntime(virtual.LoopClock())
         self.runtime.links = self.links = Links(
             self.transport,
             virtual.LoopClock(),

@@ -18,7 +18,7 @@ from tests.end_to_end.swarm import LocalSwarm, all_of, environment, hexswarm
 
 pytestmark = pytest.mark.end_to_end
 
-COMMANDS = ("generate", "chat", "status", "peer", "bootstrap", "demo")
+COMMANDS = ("generate", "chat", "status", "route", "why", "peer", "bootstrap", "demo")
 FRANCE = "What is the capital of France?"
 CONTINUE = "The capital of France is"
 
@@ -64,6 +64,8 @@ def test_generate_json_is_one_object_and_raw_continues_the_text(said: dict[str, 
     assert (answer["finish"], len(answer["ids"])) == ("length", 12)
     assert [stage["span"] for stage in answer["route"]] == [[0, 10], [10, 20], [20, 30]]
     assert answer["ttft_s"] > 0
+    assert 0 < answer["predicted"]["tpot_s"] <= answer["predicted"]["tpot_p95_s"]
+    assert len(answer["session"]) == 8
     assert answer["prompt_tokens"] == len(CONTINUE.split())
 
 

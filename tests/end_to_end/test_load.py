@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import pytest
 
 from hexswarm.blocking import Client
-from hexswarm.client import AsyncClient, Completion
+from hexswarm.client import AsyncClient
+from hexswarm.conversation import Completion
 from tests.end_to_end.conftest import POOL
 from tests.end_to_end.swarm import LocalSwarm, until, whole_pool_is_free
 

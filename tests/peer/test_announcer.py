@@ -12,8 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hexswarm.directory import ANNOUNCE_S, EXPIRE_S
-from hexswarm.peer.announcer import KV_STEP, LOAD_EVERY_S, QUEUE_STEP_S, Announcer
-from hexswarm.records import Announcement, PeerId, Span, Speed
+from hexswarm.peer.announcer import (
+    BUSY_STEP,
+    KV_STEP,
+    LOAD_EVERY_S,
+    QUEUE_STEP_S,
+    SPEED_STEP,
+    Announcer,
+)
+from hexswarm.records import Announcement, Coordinates, PeerId, Span, Speed
 
 POOL = 1000
 WALL = 1.7e9
@@ -58,8 +65,18 @@ def test_a_word_is_repeated_in_time_with_jitter() -> None:
     assert 2 * ANNOUNCE_S < EXPIRE_S
 
 
+HOME = Coordinates((0.0, 0.0, 0.0), 0.001, 0.1)
+
+
 @pytest.mark.parametrize(
-    "change", [{"state": "draining"}, {"span": Span(0, 3)}, {"addresses": ("/b",)}]
+    "change",
+    [
+        {"state": "draining"},
+        {"span": Span(0, 3)},
+        {"addresses": ("/b",)},
+        {"coordinates": HOME},
+        {"neighbours": ((PeerId("other"), 0.1),)},
+    ],
 )
 def test_what_routes_depend_on_is_told_at_once(change: dict[str, Any]) -> None:
     assert told().due(replace(ME, **change), 0.0)
@@ -72,7 +89,15 @@ def test_what_routes_depend_on_is_told_at_once(change: dict[str, Any]) -> None:
         ({"free_kv_tokens": POOL - int(KV_STEP * POOL) - 1}, True),
         ({"queue_s": QUEUE_STEP_S}, False),
         ({"queue_s": 1.5 * QUEUE_STEP_S}, True),
-        ({"device": "other", "speed": Speed(1, 1, 1)}, False),
+        ({"device": "other"}, False),
+        ({"busy": BUSY_STEP}, False),
+        ({"busy": BUSY_STEP + 0.01}, True),
+        ({"speed": Speed(0.1 * (1 + SPEED_STEP / 2), 0.1, 0.1)}, False),
+        ({"speed": Speed(0.2, 0.1, 0.1)}, True),
+        ({"rows": 0.5}, False),
+        ({"rows": 0.6}, True),
+        ({"up_bytes_per_s": 1e6}, True),
+        ({"down_bytes_per_s": 1e6}, True),
     ],
 )
 def test_load_moves_a_word_if_it_moved_enough_and_not_too_often(
@@ -81,6 +106,47 @@ def test_load_moves_a_word_if_it_moved_enough_and_not_too_often(
     made, loaded = told(), replace(ME, **change)
     assert not made.due(loaded, LOAD_EVERY_S - 0.01)
     assert made.due(loaded, LOAD_EVERY_S) == due
+
+
+@pytest.mark.parametrize(
+    ("change", "due"),
+    [
+        ({"coordinates": Coordinates((0.019, 0.0, 0.0), 0.001, 0.1)}, False),
+        ({"coordinates": Coordinates((0.021, 0.0, 0.0), 0.001, 0.1)}, True),
+        ({"coordinates": Coordinates((0.0, 0.0, 0.0), 0.022, 0.1)}, True),
+        ({"coordinates": Coordinates((0.0, 0.0, 0.0), 0.001, 0.4)}, True),
+        ({"neighbours": ((PeerId("other"), 0.12),)}, False),
+        ({"neighbours": ((PeerId("other"), 0.16),)}, True),
+        ({"neighbours": ((PeerId("new"), 0.1),)}, False),
+        ({"neighbours": ((PeerId("new"), 0.1), (PeerId("other"), 0.1))}, True),
+    ],
+)
+def test_a_place_that_moved_is_told_but_not_too_often(change: dict[str, Any], due: bool) -> None:
+    """By a fifth of a usual way, or in certainty; so is a neighbour that came or went far."""
+    settled = replace(ME, coordinates=HOME, neighbours=((PeerId("other"), 0.1),))
+    made = Announcer(POOL, random.Random(1))
+    made.stamp(settled, 0.0, WALL)
+    moved = replace(settled, **change)
+    assert not made.due(moved, LOAD_EVERY_S - 0.01)
+    assert made.due(moved, LOAD_EVERY_S) == due
+
+
+def test_on_one_lan_nobody_moves() -> None:
+    made = Announcer(POOL, random.Random(1))
+    near = replace(ME, coordinates=HOME, neighbours=((PeerId("other"), 0.0004),))
+    made.stamp(near, 0.0, WALL)
+    shaken = Coordinates((0.0, 0.0009, 0.0), 0.001, 0.1)
+    later = replace(near, coordinates=shaken, neighbours=((PeerId("other"), 0.001),))
+    assert not made.due(later, LOAD_EVERY_S)
+
+
+def test_bandwidth_is_told_when_it_is_off_by_half() -> None:
+    made = Announcer(POOL, random.Random(1))
+    known = replace(ME, up_bytes_per_s=1e6)
+    made.stamp(known, 0.0, WALL)
+    assert not made.due(replace(ME, up_bytes_per_s=1.4e6), LOAD_EVERY_S)
+    assert made.due(replace(ME, up_bytes_per_s=1.6e6), LOAD_EVERY_S)
+    assert not made.due(ME, LOAD_EVERY_S), "what is forgotten waits for the next word"
 
 
 def test_load_is_compared_with_what_was_said() -> None:

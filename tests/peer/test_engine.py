@@ -17,6 +17,7 @@ from hexswarm.peer.cache import BlockTables, KvFull
 from hexswarm.peer.engine import Engine
 from hexswarm.peer.scheduler import Policy, Scheduler
 from hexswarm.peer.steps import Batch, Result, Row, Step
+from hexswarm.records import Load
 
 A, B, C = (bytes([i]) * 16 for i in range(3))
 
@@ -100,8 +101,8 @@ def test_a_session_from_open_to_close() -> None:
             b.engine.submit([decode(A, 40, 7)])
             assert (await b.results())[0].token == sum(range(40)) + 7
             assert b.runner.threads == {"hexswarm-device"}
-            assert b.engine.load.batches == 3
-            assert b.engine.load.tokens == 41
+            assert b.engine.counters.batches == 3
+            assert b.engine.counters.tokens == 41
             assert b.engine.close(A)
             assert not b.engine.close(A)
             assert b.engine.free_tokens == 64 * 16
@@ -122,6 +123,54 @@ def test_steps_submitted_together_are_one_batch_and_one_delivery() -> None:
     asyncio.run(main())
 
 
+def test_a_result_tells_how_long_its_row_waited_and_its_batch_took() -> None:
+    async def main() -> None:
+        async with bench() as b:
+            entered, release = threading.Event(), threading.Event()
+
+            def block(batch: Batch) -> None:
+                entered.set()
+                release.wait(5)
+
+            b.runner.before = block
+            for session in (A, B, C):
+                b.engine.open(session, 16)
+            b.engine.submit([prompt(A, [1])])
+            await asyncio.to_thread(entered.wait, 5)
+            b.engine.submit([prompt(B, [1])])
+            b.engine.submit([prompt(C, [1])])
+            release.set()
+            (first,), behind = await b.results(), await b.results()
+            assert first.batch_rows == 1
+            assert 0 <= first.wait_s < first.compute_s + 1
+            assert [result.batch_rows for result in behind] == [2, 2]
+            assert behind[0].wait_s >= behind[1].wait_s >= 0
+            assert behind[0].compute_s == behind[1].compute_s > 0
+            assert behind[0].wait_s <= first.compute_s + 1
+
+    asyncio.run(main())
+
+
+def test_load_counts_what_was_computed_and_waits() -> None:
+    async def main() -> None:
+        async with bench() as b:
+            assert b.engine.load_now() == Load(0.0, 0.0, 0.0, 64 * 16)
+            b.engine.open(A, 32)
+            b.engine.submit([prompt(A, [1, 2])])
+            await b.results()
+            for position in range(2, 12):
+                b.engine.submit([decode(A, position, 1)])
+                await b.results()
+            load = b.engine.load_now()
+            assert load.free_kv_tokens == 62 * 16
+            assert 0 < load.rows < 1
+            assert 0 < load.busy < 1
+            assert load.queue_s > 0
+            assert b.engine.speed_now() is None, "nobody follows it"
+
+    asyncio.run(main())
+
+
 def test_steps_that_arrive_during_a_batch_make_the_next_one() -> None:
     async def main() -> None:
         async with bench() as b:
@@ -138,7 +187,7 @@ def test_steps_that_arrive_during_a_batch_make_the_next_one() -> None:
             await asyncio.to_thread(entered.wait, 5)
             b.engine.submit([prompt(B, [1])])
             b.engine.submit([prompt(C, [1])])
-            assert b.engine.queue_s() > 0
+            assert b.engine.load_now().queue_s > 0
             release.set()
             assert [len(await b.results()) for _ in range(2)] == [1, 2]
 
@@ -219,7 +268,7 @@ def test_a_crash_fails_its_batch_and_the_thread_lives_on(caplog: pytest.LogCaptu
             b.runner.before = lambda batch: None
             b.engine.submit([decode(A, 1, 4), decode(B, 1, 5)])
             assert [r.token for r in await b.results()] == [5, 7]
-            assert b.engine.load.crashes == 2
+            assert b.engine.counters.crashes == 2
             assert b.engine.alive
 
     with caplog.at_level(logging.ERROR, "hexswarm.peer.engine"):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from hexswarm.peer import probe
 from hexswarm.peer.probe import (
     MOST_EFFICIENT,
     SHORT_TOKENS,
@@ -17,7 +19,7 @@ from hexswarm.peer.probe import (
 from hexswarm.peer.steps import Activations, Batch
 from hexswarm.records import Span, Speed
 
-FOUND = Measured(Speed(0.001, 0.0001, 0.01), 77)
+FOUND = Measured(Speed(0.001, 0.0001, 0.01, 0.0002), 77)
 
 
 @pytest.mark.parametrize("span", [Span(0, 2), Span(2, 4), Span(4, 6), Span(0, 6)])
@@ -25,22 +27,37 @@ def test_it_runs_legal_rows_only(span: Span) -> None:
     seen = []
 
     def run(batch: Batch) -> None:
-        (row,) = batch.rows
-        assert row.position + row.count <= 16 * len(row.blocks)
-        if span.first == 0:
-            assert len(row.payload) == row.count
-        else:
-            assert isinstance(row.payload, Activations)
-            assert len(row.payload.data) == row.count * 8 * 4
-        assert row.sample <= (span.end == 6), "only a tail samples"
-        assert (row.policy is not None) == (span.end == 6)
-        seen.append(row.count)
+        for row in batch.rows:
+            assert row.position + row.count <= 16 * len(row.blocks)
+            if span.first == 0:
+                assert len(row.payload) == row.count
+            else:
+                assert isinstance(row.payload, Activations)
+                assert len(row.payload.data) == row.count * 8 * 4
+            assert row.sample <= (span.end == 6), "only a tail samples"
+            assert (row.policy is not None) == (span.end == 6)
+        assert len({row.session for row in batch.rows}) == len(batch.rows)
+        assert len({row.position for row in batch.rows}) == len(batch.rows)
+        seen.append(tuple(row.count for row in batch.rows))
 
     found = measure(run, span, layers=6, hidden=8, dtype="float32")
-    assert len(set(seen)) == 3
+    assert len(set(seen)) == 4
     assert found.speed.decode_layer_s >= 0
     assert (found.speed.head_s == 0) or span.end == 6
     assert SHORT_TOKENS <= found.efficient_tokens <= MOST_EFFICIENT
+
+
+def test_a_row_more_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device whose batches take 8 ms and 1 ms a token more, on a clock of its own."""
+    now = [0.0]
+
+    def run(batch: Batch) -> None:
+        now[0] += 0.008 + 0.001 * batch.tokens
+
+    monkeypatch.setattr(probe.time, "perf_counter", lambda: now[0])
+    speed = measure(run, Span(0, 2), layers=6, hidden=8, dtype="float32").speed
+    assert speed.decode_layer_s == pytest.approx(0.0045)
+    assert speed.row_layer_s == pytest.approx(0.0005)
 
 
 def test_efficient_tokens_are_fixed_cost_over_cost_per_token() -> None:
@@ -69,4 +86,12 @@ def test_a_measurement_is_kept_for_what_it_was_made_for(tmp_path: Path) -> None:
 def test_a_damaged_file_is_measured_anew(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "speed.json"
     path.write_text(damage)
+    assert cached(path, ("a",), lambda: FOUND) == FOUND
+
+
+def test_figures_of_an_older_version_are_measured_anew(tmp_path: Path) -> None:
+    path = tmp_path / "speed.json"
+    cached(path, ("a",), lambda: FOUND)
+    (key,) = json.loads(path.read_text())
+    path.write_text(json.dumps({key: [0.5, 0.5, 0.5, 33]}))
     assert cached(path, ("a",), lambda: FOUND) == FOUND

@@ -18,7 +18,7 @@ from hexswarm.peer.scheduler import (
 )
 from hexswarm.peer.steps import Activations, Batch, Step
 from hexswarm.peer.steptime import StepTime
-from hexswarm.records import Span
+from hexswarm.records import Span, Speed
 
 A, B, C, D = (bytes([i]) * 16 for i in range(4))
 
@@ -40,7 +40,7 @@ def test_nothing_waits() -> None:
     scheduler = Scheduler()
     assert scheduler.pick(0.0) is None
     assert len(scheduler) == 0
-    assert scheduler.queue_s() == 0.0
+    assert scheduler.prompts_s() == 0.0
 
 
 def test_decodes_come_first_and_prompts_fill_up() -> None:
@@ -269,7 +269,27 @@ def test_waiting_work_is_counted() -> None:
     scheduler.submit(decode(A), 0.0)
     scheduler.submit(prompt(B, 128), 0.0)
     assert scheduler.pending_tokens(B) == 128
-    assert scheduler.queue_s() == pytest.approx(0.01 * 2 + 0.001 + 0.0005 * 128, rel=0.1)
+    assert scheduler.prompts_s() == pytest.approx(0.01 * 2 + 0.0005 * 128, rel=0.1)
+
+
+def test_a_row_knows_since_when_it_could_have_been_computed() -> None:
+    """From its arrival, or from the end of what its session asked for before."""
+    scheduler = Scheduler(Policy(chunk_tokens=16, chunk_floor=16))
+    scheduler.submit(decode(B), 3.0)
+    scheduler.submit(prompt(A, 32), 4.0)
+    first = scheduler.pick(5.0)
+    assert isinstance(first, Batch)
+    assert [row.ready_s for row in first.rows] == [3.0, 4.0]
+    scheduler.submit(decode(B, 6), 5.5)
+    scheduler.finished(first, 7.0, 2.0)
+    second = scheduler.pick(8.0)
+    assert isinstance(second, Batch)
+    assert [row.ready_s for row in second.rows] == [7.0, 7.0]
+    scheduler.finished(second, 9.0, 1.0)
+    scheduler.submit(decode(A, 32), 9.5)
+    third = scheduler.pick(9.6)
+    assert isinstance(third, Batch)
+    assert [row.ready_s for row in third.rows] == [9.5]
 
 
 def test_payloads_are_cut_by_token() -> None:
@@ -382,3 +402,27 @@ def test_the_fit_stays_sane(steps: list[tuple[int, int, float]]) -> None:
     assert 0 < times.predict(1) <= times.predict(2) < 1e6
     assert times.predict(1) <= times.predict(1, 16) < 1e6
     assert times.tokens_within(0.05, 1) >= 0
+
+
+SPEED = Speed(0.001, 0.0001, 0.0, 0.0002)
+
+
+def test_before_any_step_the_probe_is_believed() -> None:
+    """Ten layers: a read of 8 ms, 2 ms a row; a token of a chunk costs 1 ms, its read shared."""
+    times = StepTime.probed(SPEED, 10)
+    assert times.predict(1) == pytest.approx(0.010)
+    assert times.predict(3) == pytest.approx(0.014)
+    assert times.predict(0, 128) == pytest.approx(0.128, rel=0.1)
+    assert times.marginal(3, 0) == pytest.approx(0.006)
+    assert times.marginal(0, 0) == 0.0
+    times.observe(1, 0, 0.020)
+    assert times.predict(3) == pytest.approx(0.028, rel=0.1), "a machine half as fast"
+
+
+def test_noise_does_not_make_rows_free() -> None:
+    """Batches of four that seem as long as those of one, for long: a full peer would seem idle."""
+    times = StepTime.probed(SPEED, 10)
+    for n in range(400):
+        times.observe(1 + 3 * (n % 2), 0, 0.012)
+    share = times.marginal(4, 0) / times.predict(4)
+    assert 0.1 < share < 0.6

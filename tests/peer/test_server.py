@@ -7,26 +7,41 @@ with the real engine and its thread.
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from hexswarm.clock import RealClock
-from hexswarm.errors import NetworkError, PeerLost
-from hexswarm.links import Links
-from hexswarm.messages import Close, Hidden, Open, Opened, Refuse
+from hexswarm.clock import RealClock, VirtualClock
+from hexswarm.errors import NetworkError, PeerLost, SessionClosed
+from hexswarm.links import Links, Outgoing
+from hexswarm.messages import (
+    Close,
+    Hidden,
+    Message,
+    Open,
+    Opened,
+    Refuse,
+    Tokens,
+    Trace,
+    Traced,
+)
+from hexswarm.peer.admission import RESERVE_S, Hosted
 from hexswarm.peer.cache import BlockTables
 from hexswarm.peer.engine import Engine
 from hexswarm.peer.scheduler import Policy, Scheduler
 from hexswarm.peer.server import EXPIRE_EVERY_S, PeerServer
-from hexswarm.peer.stage import Hosted, StageTable
-from hexswarm.peer.steps import Batch, Result, Row
+from hexswarm.peer.stage import StageTable
+from hexswarm.peer.steps import Activations, Batch, Result, Row
 from hexswarm.records import PeerId, Route, Span, Stage
 from hexswarm.runtime import SessionRuntime
 from hexswarm.transports.memory import MemoryNetwork
 from hexswarm.wire import Frame
 from tests import virtual
-from tests.loopback import CLIENT, MODEL, IntegerModel, answer
+from tests.loopback import CLIENT, MODEL, Host, IntegerModel, answer
 from tests.world import listen, turn, world
 
 THREE = ((0, 2), (2, 4), (4, 6))
@@ -82,6 +97,31 @@ async def test_leases_run_out_by_the_server() -> None:
         assert session.machine.failed is not None
         assert w.clean
         ticking.cancel()
+
+
+@scenario
+async def test_a_reservation_ends_to_the_moment() -> None:
+    """And with it the session at the other stages; one that began stays."""
+    async with world(*THREE) as w:
+        loop = asyncio.get_running_loop()
+        used = await w.opened()
+        used.generate(turn(PROMPT, 3))
+        await listen(used)
+        ticking = asyncio.create_task(w.peers[1].server.expire_for_ever())
+        await w.settle(1.7)
+        began, unused = loop.time(), await w.opened()
+        assert loop.time() - began < 0.1
+        with pytest.raises(SessionClosed, match="nothing came within 10 s"):
+            await unused.wait()
+        assert 0 <= loop.time() - began - RESERVE_S < 0.05, "with the ways there and back"
+        await w.settle(0.1)
+        assert all(len(peer.host.table) == 1 for peer in w.peers)
+        await w.settle(3 * RESERVE_S)
+        assert used.machine.open
+        used.close()
+        ticking.cancel()
+        await w.settle()
+        assert w.clean
 
 
 @scenario
@@ -158,44 +198,140 @@ class Threaded:
         return [self.model.run(row) for row in batch.rows]
 
 
-def test_a_ring_of_real_engines() -> None:
-    """Threads, scheduler and KV accounting as in production; only model and network are not."""
-
-    async def act() -> None:
-        network = MemoryNetwork()
-        peers = [Threaded(network, f"p{i}", Span(*span), 6) for i, span in enumerate(THREE)]
-        for peer in peers:
-            peer.engine.start()
-            await peer.links.start(listen=True)
-        runtime = SessionRuntime()
-        transport = network.transport(CLIENT)
-        runtime.links = Links(transport, RealClock(), runtime.on_frames, runtime.on_lost)
-        await runtime.links.start(listen=False)
-        stages = tuple(
-            Stage(peer.peer, Span(*span)) for peer, span in zip(peers, THREE, strict=True)
-        )
-        route = Route(stages, 0.0, 0.0)
-
-        async def ask(number: int) -> None:
-            session = runtime.open(route, MODEL, 100)
-            await session.ready()
-            prompt = [number, *PROMPT, *range(number)]
-            session.generate(turn(prompt, 100))
-            await session.wait()
-            session.cancel()
-            session.generate(turn(prompt, 10))
-            assert await listen(session) == answer(prompt, 10, 6)
-            session.close()
-
-        await asyncio.gather(*(ask(number) for number in range(0, 40, 8)))
+@asynccontextmanager
+async def engines(*spans: tuple[int, int]) -> AsyncIterator[tuple[list[Threaded], SessionRuntime]]:
+    """A ring of real engines and a client, on real time; at its end no block is leased."""
+    network = MemoryNetwork()
+    peers = [Threaded(network, f"p{i}", Span(*span), 6) for i, span in enumerate(spans)]
+    for peer in peers:
+        peer.engine.start()
+        await peer.links.start(listen=True)
+    runtime = SessionRuntime()
+    runtime.links = Links(
+        network.transport(CLIENT), RealClock(), runtime.on_frames, runtime.on_lost
+    )
+    await runtime.links.start(listen=False)
+    try:
+        yield peers, runtime
         for peer in peers:
             await peer.server.quiet(10.0)
             assert peer.tables.free_blocks == 64
+    finally:
+        for peer in peers:
             assert await asyncio.to_thread(peer.engine.stop)
             await peer.links.close()
         await runtime.links.close()
 
+
+def test_a_ring_of_real_engines() -> None:
+    """Threads, scheduler and KV accounting as in production; only model and network are not."""
+
+    async def act() -> None:
+        async with engines(*THREE) as (peers, runtime):
+            route = Route(tuple(Stage(peer.peer, peer.model.span) for peer in peers), 0.0, 0.0)
+
+            async def ask(number: int) -> None:
+                session = runtime.open(route, MODEL, 100)
+                await session.ready()
+                prompt = [number, *PROMPT, *range(number)]
+                session.generate(turn(prompt, 100))
+                await session.wait()
+                session.cancel()
+                session.generate(turn(prompt, 10))
+                assert await listen(session) == answer(prompt, 10, 6)
+                session.close()
+
+            await asyncio.gather(*(ask(number) for number in range(0, 40, 8)))
+
     asyncio.run(act())
+
+
+def test_what_a_stage_traces_is_what_passes_there() -> None:
+    """On real time: the parts sum to what lies between a step's arrival and its frames' leave."""
+
+    async def act() -> None:
+        async with engines(*THREE) as (peers, runtime):
+            route = Route(tuple(Stage(peer.peer, peer.model.span) for peer in peers), 0.0, 0.0)
+            spent_s = [_residence(peer) for peer in peers]
+            session = runtime.open(route, MODEL, 200)
+            await session.ready()
+            session.generate(turn(PROMPT, 100))
+            await listen(session)
+            traces = await session.trace()
+            for peer, visits in zip(peers, spent_s, strict=True):
+                told = traces[peer.peer]
+                parts_s = told.wait_s + told.compute_s + told.handle_s
+                assert told.steps == 99
+                assert min(told.wait_s, told.compute_s, told.handle_s) > 0
+                assert told.rows == 1.0
+                assert told.successor_rtt_s > 0
+                seen_s = sum(visits[1:])
+                assert 0.5 * seen_s < parts_s <= seen_s, "the first was the prompt's"
+            session.close()
+
+    asyncio.run(act())
+
+
+class SlowLinks:
+    """Links whose every write takes half a second of `clock`."""
+
+    def __init__(self, clock: VirtualClock) -> None:
+        self.rtts = {PeerId("next"): 0.25}
+        self.sent: list[Message] = []
+        self._clock = clock
+
+    async def connect(self, peer: PeerId, addresses: tuple[str, ...]) -> None: ...
+    def ping(self, peer: PeerId) -> None: ...
+    def watch(self, peer: PeerId) -> None: ...
+
+    def send(self, peer: PeerId, outgoing: list[Outgoing], lane: int) -> bool:
+        self._clock.advance(0.5)
+        self.sent += [message for message, _ in outgoing]
+        return True
+
+
+@scenario
+async def test_sending_on_is_part_of_a_steps_time() -> None:
+    """The frames of a batch are out when all of them are."""
+    clock = VirtualClock()
+    host = Host(PeerId("p0"), Span(0, 6), 6, 64)
+    device: Any = SimpleNamespace(submit=lambda steps: None)
+    links: Any = SlowLinks(clock)
+    server = PeerServer(host.table, device, links, clock)
+    key, before = b"k" * 16, PeerId("previous")
+    server.on_frames(CLIENT, [Frame(Open(key, 0, MODEL, 2, 4, before, "next", (), 64))])
+    for position in range(3):
+        step = Hidden(key, 0, 0, position, 1, True, "float32")
+        server.on_frames(before, [Frame(step, bytes(4))])
+        row = Row(key, position, 1, None, True, ())
+        server.deliver([Result(row, activations=Activations(bytes(4), "float32"))])
+    server.on_frames(CLIENT, [Frame(Trace(key, 0))])
+    told = links.sent[-1]
+    assert isinstance(told, Traced)
+    assert (told.steps, told.handle_s) == (2, 1.0)
+    assert told.successor_rtt_s == 0.25
+    await asyncio.gather(*server._dials)
+
+
+def _residence(peer: Threaded) -> list[float]:
+    """Filled with how long each step of a ring stays at `peer`, seen from outside."""
+    visits: list[float] = []
+    clock, take, give = time.monotonic, peer.server.on_frames, peer.server.deliver
+    arrived_s: list[float] = []
+
+    def on_frames(source: PeerId, frames: list[Frame]) -> None:
+        if any(isinstance(frame.message, Hidden | Tokens) for frame in frames):
+            arrived_s.append(clock())
+        take(source, frames)
+
+    def deliver(results: list[Result]) -> None:
+        give(results)
+        if results[0].row.sample:
+            visits.append(clock() - arrived_s[-1])
+
+    peer.server.on_frames = on_frames  # type: ignore[method-assign]
+    peer.server.deliver = deliver  # type: ignore[method-assign]
+    return visits
 
 
 def test_the_server_speaks_the_table_words() -> None:

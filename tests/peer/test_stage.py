@@ -25,17 +25,8 @@ from hexswarm.messages import (
     Token,
     Tokens,
 )
-from hexswarm.peer.stage import (
-    BULK,
-    MAX_SESSIONS_PER_CLIENT,
-    STEP,
-    Action,
-    Dial,
-    Drop,
-    Send,
-    Submit,
-    Watch,
-)
+from hexswarm.peer.actions import BULK, STEP, Action, Dial, Drop, Send, Submit, Watch
+from hexswarm.peer.admission import MAX_SESSIONS_PER_CLIENT
 from hexswarm.peer.steps import Activations, Result, Row, Step, TailPolicy
 from hexswarm.records import PeerId, Sampling, Span
 from hexswarm.session import Session, Turn, ids_to_bytes
@@ -51,6 +42,8 @@ GENERATE = Generate(KEY, 0, 0, 4, (), 0.0, 1.0, 0, 0.0, 1.0, 0)
 HIDDEN = Hidden(KEY, 0, 0, 0, 1, True, "float32")
 TOKENS = Tokens(KEY, 0, 0, 0, True)
 ONE = bytes(4)
+GRANTED = Opened(KEY, 0, 64, 0.25, 1.5, 0.5, 60 * 16)
+"""With the load that the double tells."""
 
 
 def alone() -> Loopback:
@@ -101,14 +94,14 @@ def test_open_leases_watches_and_dials_before_it_grants() -> None:
     assert {action for action in made if isinstance(action, Watch)} == watches
     assert made[-1] == Dial(KEY, 0, NEXT, ())
     granted = p0(swarm).table.dialled(KEY, 0, True)
-    assert granted == [Send(CLIENT, Opened(KEY, 0, 64))]
+    assert granted == [Send(CLIENT, GRANTED)]
     assert p0(swarm).kv_in_use == 4
 
 
 @pytest.mark.parametrize("last", [replace(TAIL, successor=""), replace(TAIL, successor="p0")])
 def test_a_stage_without_a_way_onwards_grants_at_once(last: Open) -> None:
     made = alone().say(CLIENT, "p0", last)
-    assert made[-1] == Send(CLIENT, Opened(KEY, 0, 64))
+    assert made[-1] == Send(CLIENT, GRANTED)
 
 
 def test_a_successor_that_cannot_be_reached_costs_nothing() -> None:
@@ -385,7 +378,7 @@ def test_every_end_frees_everything(end: str) -> None:
         case "end_all":
             swarm.act(host, host.table.end_all())
         case "expire":
-            swarm.act(host, host.table.expire())
+            swarm.act(host, host.table.expire(host.ledger.now))
         case _:
             swarm.say(CLIENT, "p0", Close(KEY))
     swarm.check_clean()
@@ -483,7 +476,7 @@ class Swarm(RuleBasedStateMachine):
     def expire(self, host: str, later_s: float) -> None:
         found = self.swarm.hosts[PeerId(host)]
         found.ledger.now += later_s
-        self.swarm.act(found, found.table.expire())
+        self.swarm.act(found, found.table.expire(found.ledger.now))
 
     @precondition(lambda self: self.swarm.sessions)
     @rule(

@@ -347,6 +347,42 @@ def test_a_forgotten_peer_returns_with_its_next_word_only() -> None:
     assert len(view.alive(NOW)) == 1
 
 
+def test_changes_are_counted() -> None:
+    """The version moves with what changed, and with nothing else."""
+    mine, other = RECORD, sign(announcement(OTHER), NOW + EXPIRE_S, OTHER)
+    newer = sign(announcement(sequence=2), NOW + 2 * EXPIRE_S, ME)
+    directory = merged([mine])
+    first = directory.version
+    directory.merge([mine])
+    assert directory.version == first
+    assert directory.changed(first) == []
+    directory.merge([other])
+    assert directory.changed(first) == [OTHER.peer]
+    second = directory.version
+    directory.merge([newer, other])
+    assert directory.changed(second) == [ME.peer]
+    assert set(directory.changed(first)) == {ME.peer, OTHER.peer}
+    third = directory.version
+    directory.forget(OTHER.peer)
+    directory.forget(OTHER.peer)
+    directory.forget(PeerId("nobody"))
+    assert directory.version == third + 1
+    assert directory.changed(third) == [OTHER.peer]
+    assert directory.changed(directory.version) == []
+
+
+def test_one_record_and_the_next_end() -> None:
+    directory = merged([RECORD, sign(announcement(OTHER), NOW + 10, OTHER)])
+    assert directory.record(OTHER.peer, NOW) is not None
+    assert directory.record(OTHER.peer, NOW + 10) is None
+    assert directory.record(PeerId("nobody"), NOW) is None
+    assert directory.next_expiry(NOW) == NOW + 10
+    assert directory.next_expiry(NOW + 10) == NOW + EXPIRE_S
+    assert directory.next_expiry(NOW + EXPIRE_S) == float("inf")
+    directory.expire(NOW + 3 * EXPIRE_S)
+    assert directory.changed(0) == []
+
+
 def test_memory_of_the_dead_is_given_back() -> None:
     view = merged([RECORD, sign(announcement(OTHER), NOW + EXPIRE_S, OTHER)])
     view.forget(OTHER.peer)

@@ -20,7 +20,7 @@ from hexswarm.links import (
     STEP,
     Links,
 )
-from hexswarm.messages import PROTOCOL_VERSION, GoAway, Hello, Message, Ping
+from hexswarm.messages import PROTOCOL_VERSION, GoAway, Hello, Message, Ping, Pong
 from hexswarm.records import PeerId
 from hexswarm.transports.base import Stream
 from hexswarm.transports.memory import MemoryNetwork
@@ -627,7 +627,7 @@ async def test_pings_of_a_stranger_are_answered_and_forged_pongs_ignored() -> No
         await a.reach(b)
         link = a.links._links[B][0]
         link.write([(Ping(7), b"")])
-        link.write([(module.Pong(7), b"")])
+        link.write([(Pong(7), b"")])
         await settle()
         assert b.links.rtts == {}
         assert a.lost == b.lost == []

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from hexswarm.errors import NetworkError, PeerLost, Refused, SessionClosed
-from hexswarm.records import PeerId
-from hexswarm.runtime import OpenSession
+from hexswarm.messages import Opened
+from hexswarm.records import Load, PeerId
+from hexswarm.runtime import MAX_LOADS, TRACE_S, OpenSession
 from hexswarm.session import Emit, EmitLogits
+from hexswarm.wire import Frame
 from tests import virtual
 from tests.loopback import CLIENT, answer
 from tests.world import SILENCE_S, World, listen, turn, world
@@ -222,6 +224,75 @@ async def test_refused_by_one() -> None:
 
 
 @scenario
+async def test_a_refusal_is_told_in_the_same_breath() -> None:
+    """The caller does not wait for a stage that is far away, and the others are free again."""
+    async with world(*THREE, delay_s=0.01) as w:
+        await (await w.opened()).extend(60)  # so that all links exist
+        w.runtime.close_all()
+        await w.settle()
+        w.network.shape(CLIENT, PeerId("p2"), delay_s=5.0)
+        w.peers[1].server.carry_out(w.peers[1].host.table.drain(9.0))
+        began = asyncio.get_running_loop().time()
+        session = w.open()
+        with pytest.raises(Refused, match="about to leave"):
+            await session.ready()
+        assert asyncio.get_running_loop().time() - began == pytest.approx(0.02, abs=1e-3)
+        assert session.refusing == {"p1"}
+        await w.settle(0.011)
+        assert w.peers[0].host.kv_in_use == 0, "closed one way later"
+        await w.settle(11.0)
+        assert w.clean
+
+
+@scenario
+async def test_who_refuses_a_moment_later_is_known_as_well() -> None:
+    async with world(*THREE) as w:
+        await w.opened()
+        w.runtime.close_all()
+        await w.settle()
+        for index in (0, 2):
+            w.peers[index].server.carry_out(w.peers[index].host.table.drain(9.0))
+        session = w.open()
+        with pytest.raises(Refused):
+            await session.ready()
+        await w.settle(0.1)
+        assert session.refusing == {"p0", "p2"}
+        await tidy(w)
+
+
+@scenario
+async def test_the_load_of_every_stage_is_remembered() -> None:
+    """Also of those that refused, and of sessions that failed."""
+    async with world(*THREE) as w:
+        (await w.opened()).close()
+        loads = w.runtime.loads
+        assert {peer: load for peer, (_, load) in loads.items()} == {
+            peer.peer: Load(0.25, 1.5, 0.5, 60 * 16) for peer in w.peers
+        }
+        await tidy(w)
+        earlier_s = {peer: heard_s for peer, (heard_s, _) in loads.items()}
+        w.peers[1].server.carry_out(w.peers[1].host.table.drain(9.0))
+        with pytest.raises(Refused):
+            await w.opened()
+        await tidy(w)
+        assert loads[PeerId("p1")][1] == Load(0.25, 1.5, 0.5, 64 * 16)
+        now = asyncio.get_running_loop().time()
+        assert all(earlier_s[peer] < heard_s < now for peer, (heard_s, _) in loads.items())
+
+
+@scenario
+async def test_so_many_loads_are_remembered_and_the_newest() -> None:
+    async with world((0, 6)) as w:
+        runtime = w.runtime
+        for index in [*range(MAX_LOADS), 0, MAX_LOADS]:
+            opened = Opened(bytes(16), 0, 1, 0.5, 1.0, 0.5, index)
+            runtime.on_frames(PeerId(f"peer{index}"), [Frame(opened)])
+        assert len(runtime.loads) == MAX_LOADS
+        assert "peer1" not in runtime.loads, "the oldest gave way"
+        assert list(runtime.loads)[-2:] == ["peer0", f"peer{MAX_LOADS}"]
+
+
+@scenario
 async def test_unreachable_for_the_client() -> None:
     async with world(*THREE) as w:
         w.network.cut(CLIENT, PeerId("p2"))
@@ -292,3 +363,85 @@ async def test_all_tasks_end_with_the_links() -> None:
         session = await w.opened()
         session.generate(turn(PROMPT, 50))
         await session.wait()
+
+
+# --- tracing --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spans", [((0, 6),), ((0, 3), (3, 6)), THREE], ids=len)
+def test_a_trace_explains_the_time_per_token(spans: tuple[tuple[int, int], ...]) -> None:
+    """The law: what the stages took, plus the one-way links between them, is what was seen."""
+
+    async def act() -> None:
+        async with world(*spans, delay_s=0.02, step_s=0.003) as w:
+            session = await w.opened()
+            session.generate(turn(PROMPT, 11))
+            await session.wait()
+            began = asyncio.get_running_loop().time()
+            await listen(session)
+            seen_s = (asyncio.get_running_loop().time() - began) / 10
+            traces = await session.trace()
+            assert list(traces) == [peer.peer for peer in w.peers]
+            law_s = 0.0
+            for traced in traces.values():
+                assert traced.steps == 10
+                law_s += (traced.wait_s + traced.compute_s + traced.handle_s) / traced.steps
+                law_s += traced.successor_rtt_s / 2
+            assert law_s == pytest.approx(seen_s, rel=1e-6)
+            session.close()
+            await tidy(w)
+
+    virtual.run(act())
+
+
+@scenario
+async def test_waiting_is_told_apart_from_computing() -> None:
+    """Two sessions share a device that takes one step at a time."""
+    async with world((0, 6), step_s=0.01) as w:
+        one, other = await w.opened(), await w.opened()
+        for session in (one, other):
+            session.generate(turn(PROMPT, 12))
+        await asyncio.gather(listen(one), listen(other))
+        traced = (await one.trace())[PeerId("p0")]
+        assert traced.compute_s / traced.steps == pytest.approx(0.01)
+        assert traced.wait_s == pytest.approx(0.03 + 10 * 0.01), "first for the other's prompt"
+        assert traced.handle_s == pytest.approx(0.0, abs=1e-9)
+        assert traced.rows == 1.0
+
+
+@scenario
+async def test_a_trace_is_of_the_last_turn() -> None:
+    async with world(*THREE) as w:
+        session = await w.opened()
+        session.generate(turn(PROMPT, 9))
+        tokens = await listen(session)
+        ids = [*PROMPT, *tokens, 1, 2]
+        session.generate(turn(ids, 4, len(session.machine.cached)))
+        await listen(session)
+        traces = await session.trace()
+        assert [traced.steps for traced in traces.values()] == [3, 3, 3]
+        assert all(traced.prompt_compute_s > 0 for traced in traces.values())
+        both = await asyncio.gather(session.trace(), session.trace())
+        assert both[0] == both[1] == traces
+        session.close()
+        await tidy(w)
+
+
+@scenario
+async def test_a_trace_waits_for_a_silent_stage_and_not_for_long() -> None:
+    async with world(*THREE) as w:
+        session = await w.opened()
+        session.generate(turn(PROMPT, 4))
+        await listen(session)
+        w.network.freeze(PeerId("p1"))
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        assert set(await session.trace()) == {"p0", "p2"}
+        assert loop.time() - began == pytest.approx(TRACE_S)
+        waiting = asyncio.create_task(session.trace())
+        loop.call_later(0.1, session.close)
+        began = loop.time()
+        assert set(await waiting) == {"p0", "p2"}
+        assert loop.time() - began == pytest.approx(0.1)
+        assert await session.trace() == {}, "nobody can be asked any more"
+        assert session.name == session.machine.key.hex()[:8]

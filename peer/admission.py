@@ -1,0 +1,150 @@
+"""Who gets a session at this stage, and how long a grant lasts that nobody uses.
+
+A client opens all stages of a route at once, each on its own and in parallel. That is a commit in
+one phase with a *reservation* in place of the second: what a stage grants is held for `RESERVE_S`
+and is committed by the first sign that the session began (a step, or the client's `Generate`),
+which every stage gets anyway or at the cost of one small frame. If any stage refuses, the client
+closes the others in the same breath; if the client is lost, or its `Close` is, the reservations
+end by themselves. A committed session then lives by its lease, which every step renews
+(`peer/cache.py`). Rejected: a second round (prepare, then commit), which costs every request one
+round trip to the farthest stage before its prompt may go; and the lease's own time for both, since
+300 s of KV for nothing is what a crowd of clients that try several routes would fill a swarm with.
+
+Asking again (a longer lease, another route) does not prolong a reservation: a client that only
+ever asks holds nothing for longer than the rest of us would wait.
+
+Every answer tells the stage's load, so that a client which was refused knows more than before.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+from hexswarm.errors import RemoteProtocolError, SessionClosed, UsageError
+from hexswarm.messages import Open, Opened, Refuse
+from hexswarm.peer.cache import KvFull
+from hexswarm.peer.sessions import StageSession
+from hexswarm.peer.steps import SessionKey
+from hexswarm.records import Load, PeerId, Span
+
+MAX_SESSIONS_PER_CLIENT = 256
+
+RESERVE_S = 10.0
+"""As long as a link may take to come about (`links.HELLO_S`): by then a client has heard from the
+slowest of the stages that it opened together, whether that granted or not."""
+
+
+class Ledger(Protocol):
+    """KV leases and how busy the device is; `peer/engine.py` is one."""
+
+    def open(self, session: SessionKey, tokens: int) -> object: ...
+    def extend(self, session: SessionKey, tokens: int) -> object: ...
+    def close(self, session: SessionKey) -> bool: ...
+    def expire(self) -> list[SessionKey]: ...
+    def load_now(self) -> Load: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Hosted:
+    """What this peer serves."""
+
+    peer: PeerId
+    digest: str
+    span: Span
+    layers: int
+    hidden: int
+
+
+Refusal = tuple[str, str, float]
+"""Code, reason, seconds until it is worth asking again (0: never)."""
+
+
+class Admission:
+    """Grants, reserves and refuses; the KV itself is the ledger's."""
+
+    def __init__(self, hosted: Hosted, ledger: Ledger) -> None:
+        self.draining = False
+        self._hosted = hosted
+        self._ledger = ledger
+        self._reserved: dict[SessionKey, float] = {}
+        """When each reservation ends; in that order, since all last equally long."""
+
+    @property
+    def due_s(self) -> float:
+        """When the next reservation ends; never, if there is none."""
+        return next(iter(self._reserved.values()), math.inf)
+
+    def admit(
+        self, client: PeerId, message: Open, held: StageSession | None, sessions: int, now: float
+    ) -> Refuse | None:
+        """Lease what is asked for; a refusal leaves everything as it was.
+
+        `held` is the session if it is open already, `sessions` how many the client has here.
+        """
+        refusal = self._why_not(client, message, held, sessions) or self._lease(message, held)
+        if refusal is not None:
+            return self.refuse(message.session, message.epoch, refusal)
+        if held is None:
+            self._reserved[message.session] = now + RESERVE_S
+        return None
+
+    def commit(self, session: SessionKey) -> None:
+        """The session began: from now on it lives as long as its lease."""
+        self._reserved.pop(session, None)
+
+    def end(self, session: SessionKey) -> None:
+        """Free what the session holds."""
+        self._reserved.pop(session, None)
+        self._ledger.close(session)
+
+    def overdue(self, now: float) -> list[SessionKey]:
+        """Sessions that were opened and not begun in time; `end` frees them."""
+        late = []
+        for session, due_s in self._reserved.items():
+            if due_s > now:
+                break
+            late.append(session)
+        return late
+
+    def grant(self, message: Open) -> Opened:
+        load = self._ledger.load_now()
+        return Opened(message.session, message.epoch, message.kv_tokens, *_fields(load))
+
+    def refuse(self, session: SessionKey, epoch: int, refusal: Refusal) -> Refuse:
+        code, reason, retry_s = refusal
+        load = self._ledger.load_now()
+        return Refuse(session, epoch, code, reason, retry_s, *_fields(load))
+
+    def _why_not(
+        self, client: PeerId, message: Open, held: StageSession | None, sessions: int
+    ) -> Refusal | None:
+        hosted = self._hosted
+        if held is not None and (held.client != client or message.epoch < held.epoch):
+            return "invalid", "the session is not open to you", 0.0
+        if self.draining and held is None:
+            return "draining", "the peer is about to leave", 0.0
+        if message.digest != hosted.digest:
+            return "model", "another model is served here", 0.0
+        if message.first >= message.end or not hosted.span.covers(message.span):
+            return "span", f"layers {hosted.span} are served here", 0.0
+        if not message.successor and message.end < hosted.layers:
+            return "invalid", "only the last stage may go without a successor", 0.0
+        if held is None and sessions >= MAX_SESSIONS_PER_CLIENT:
+            return "full", f"{MAX_SESSIONS_PER_CLIENT} sessions are open for you", 5.0
+        return None
+
+    def _lease(self, message: Open, held: StageSession | None) -> Refusal | None:
+        take = self._ledger.open if held is None else self._ledger.extend
+        try:
+            take(message.session, message.kv_tokens)
+        except KvFull as error:
+            return "full", f"KV is full: {error.cause}", error.retry_s
+        except (UsageError, RemoteProtocolError, SessionClosed) as error:
+            return "invalid", error.cause, 0.0
+        return None
+
+
+def _fields(load: Load) -> tuple[float, float, float, int]:
+    return load.queue_s, load.rows, load.busy, load.free_kv_tokens

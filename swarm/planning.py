@@ -1,0 +1,262 @@
+"""Which route a request takes: the router's choice, made on ways that somebody has measured.
+
+The router counts a way that nobody has measured as no time at all, so that it cannot overlook the
+best route for lack of knowledge; it names such ways (`Route.unmeasured`). Before the route is used
+they are measured, all at once: the client's own ways by itself, those between two peers by one of
+the two. Then the router chooses again. Few rounds suffice, since with every round the ways of the
+best routes are known. A way that cannot be measured counts as very long for a minute. Where no
+route keeps the limits, the ways of the best ones are measured too, so that the latency which the
+error calls achievable is one.
+
+Rejected: a default length for unknown ways. Too long, it hides the best route for ever, because
+nobody measures what nobody uses; too short, a request with a limit ends up on a route that breaks
+it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hexswarm.clock import Clock
+from hexswarm.errors import HexswarmError, NoRoute
+from hexswarm.membership import Membership
+from hexswarm.options import Wishes
+from hexswarm.records import Coordinates, Link, ModelSpec, PeerId, Route, RouteRequest
+from hexswarm.router import vivaldi
+from hexswarm.router.experience import Experience
+from hexswarm.router.explain import Budget, Explanation, budget, explain
+from hexswarm.router.network import Snapshot
+from hexswarm.router.routing import find_route
+from hexswarm.runtime import OpenSession, SessionRuntime
+from hexswarm.view import Heard, Leases, View
+
+log = logging.getLogger(__name__)
+
+ROUNDS = 4
+"""Of measuring and choosing again; then the best route is taken with what is known."""
+MEASURE_S = 3.0
+"""One round of measuring: a dial and three round trips of the longest ways on earth."""
+JUST_ABOVE = 1.01
+"""Limits of the routes that come next to the best achievable."""
+SPREAD = 0.1
+"""Routes within a tenth of the best are near-equal: announced loads are up to 30 s old and
+predictions err by about as much, so the choice between them is a matter of spreading the load."""
+PLACE_S = 1.0
+"""Longest wait of a request for this client's coordinates."""
+PLACE_AGAIN_S = 60.0
+"""Period of asking for the coordinates, which are measured anew when they are old."""
+PLACE_RETRY_S = 5.0
+"""The same while they are not known."""
+
+Pair = tuple[PeerId, PeerId]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A route and what it was chosen for and on."""
+
+    snapshot: Snapshot
+    request: RouteRequest
+    route: Route
+
+    def budget(self) -> Budget:
+        """Where the predicted time goes."""
+        return budget(self.snapshot, self.request, self.route)
+
+
+class Planner:
+    """Everything of a client that chooses."""
+
+    def __init__(
+        self, member: Membership, runtime: SessionRuntime, clock: Clock, rng: random.Random
+    ) -> None:
+        self.experience = Experience()
+        self.spread = SPREAD
+        self.coordinates: Coordinates | None = None
+        self._member = member
+        self._clock = clock
+        self._rng = rng
+        self._runtime = runtime
+        self._leases = Leases()
+        self._view = View(member.directory, clock, self.experience, self._loads)
+        self._previous: Route | None = None
+        self._placing: asyncio.Task[None] | None = None
+        self._placed = asyncio.Event()
+
+    # --- where we are -----------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Find this client's coordinates, in the background, and keep them fresh."""
+        self._placing = asyncio.create_task(self._place_for_ever())
+
+    async def close(self) -> None:
+        if self._placing is not None:
+            self._placing.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._placing
+            self._placing = None
+
+    async def _place_for_ever(self) -> None:
+        while True:
+            try:
+                self.coordinates = await self._member.place(self._rng, vivaldi.fit)
+            except HexswarmError as error:
+                log.info("this client's place is not known: %s", error)
+            self._placed.set()
+            await asyncio.sleep(PLACE_RETRY_S if self.coordinates is None else PLACE_AGAIN_S)
+
+    async def _wait_for_place(self) -> None:
+        """The first request waits a moment: with coordinates far fewer ways need measuring."""
+        if self._placing is not None and not self._placed.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(PLACE_S):
+                    await self._placed.wait()
+
+    # --- choosing ---------------------------------------------------------------------------
+
+    def snapshot(self) -> Snapshot:
+        """The swarm as known now."""
+        member = self._member
+        return self._view.snapshot(member.transport.local, member.links.ways, self.coordinates)
+
+    def request(
+        self, spec: ModelSpec, prompt_tokens: int, new_tokens: int, wishes: Wishes
+    ) -> RouteRequest:
+        return RouteRequest(
+            model=spec.digest,
+            layers=spec.layers,
+            hidden_bytes=spec.hidden * 4,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            client=self._member.transport.local,
+            model_name=spec.name,
+            warm=frozenset(self._member.links.peers()),
+            spread=self.spread,
+            previous=self._previous,
+            **wishes.request(),
+        )
+
+    async def plan(self, request: RouteRequest, *, once: bool = False) -> Plan:
+        """The best route for `request`, every way of it measured if that can be done.
+
+        Raises NoRoute; unless `once`, the directory is read again before that.
+        """
+        await self._wait_for_place()
+        try:
+            return await self._plan(request)
+        except NoRoute:
+            if once:
+                raise
+            await self._member.refresh(request.model)  # a peer may have come since
+            return await self._plan(request)
+
+    async def _plan(self, request: RouteRequest) -> Plan:
+        for left in reversed(range(ROUNDS + 1)):
+            view = self.snapshot()
+            try:
+                route = find_route(view, request, self._clock.monotonic(), self._rng)
+            except NoRoute as error:
+                ways = self._ways_of_best(view, request, error)
+                if not ways or not left:
+                    raise
+            else:
+                ways = {*route.unmeasured}
+                if not ways or not left:
+                    break
+            await self._measure(view, request.model, ways)
+        return Plan(view, request, route)
+
+    def _ways_of_best(self, view: Snapshot, request: RouteRequest, error: NoRoute) -> set[Pair]:
+        """Unmeasured ways of what is said to be achievable: with them it is a bound, no promise."""
+        ways: set[Pair] = set()
+        for limit, best_s in error.achievable.items():
+            no_limits = replace(without_habits(request), ttft_s=None, tpot_s=None)
+            only: dict[str, Any] = {limit: best_s * JUST_ABOVE}
+            asked = replace(no_limits, **only)
+            with contextlib.suppress(NoRoute):
+                route = find_route(view, asked, self._clock.monotonic(), self._rng)
+                ways |= {*route.unmeasured}
+        return ways
+
+    async def explain(self, request: RouteRequest) -> tuple[Snapshot, Explanation]:
+        """Why `plan` chooses as it does, or why it cannot; and the view it is said of."""
+        with contextlib.suppress(NoRoute):
+            await self.plan(request)  # what the reasons rest on is measured by that
+        view = self.snapshot()
+        return view, explain(view, request, self._clock.monotonic(), self._rng)
+
+    def _loads(self) -> Heard:
+        return self._leases.corrected(self._runtime.loads)
+
+    def answered(self, session: OpenSession) -> None:
+        """The stages of `session` have granted or refused its lease, just now."""
+        self._leases.answered(session, self._runtime.loads)
+
+    def use(self, route: Route) -> None:
+        """A session was opened along `route`: near-equal ones give way to it from now on."""
+        self._previous = route
+
+    def leave(self, peers: Iterable[PeerId]) -> None:
+        """These peers refused or died: a route through them is no habit to keep."""
+        if self._previous and {stage.peer for stage in self._previous.stages} & {*peers}:
+            self._previous = None
+
+    # --- measuring --------------------------------------------------------------------------
+
+    async def _measure(self, view: Snapshot, model: str, pairs: Iterable[Pair]) -> None:
+        """Measure these ways now, all at once, and remember what came of it."""
+        async with asyncio.TaskGroup() as group:
+            tasks = {pair: group.create_task(self._way(view, model, *pair)) for pair in {*pairs}}
+        now = self._clock.monotonic()
+        for pair, task in tasks.items():
+            self._view.told.remember(pair, task.result(), now)
+
+    async def _way(self, view: Snapshot, model: str, a: PeerId, b: PeerId) -> Link | None:
+        local, links = self._member.transport.local, self._member.links
+        if b == local:
+            a, b = b, a
+        to = view.announcement(model, b).addresses
+        try:
+            async with asyncio.timeout(MEASURE_S):
+                if a == local:
+                    return await links.measure(b, to)
+                await links.connect(a, view.announcement(model, a).addresses)
+                return await links.ask(a, b, to)
+        except (TimeoutError, HexswarmError) as error:
+            log.info("the way from %s to %s is not known: %r", a[-8:], b[-8:], error)
+            return None
+
+    # --- learning ---------------------------------------------------------------------------
+
+    def announced(self, plan: Plan) -> dict[PeerId, float]:
+        """Compute seconds per token of the route's peers, without what experience had added."""
+        now = self._clock.monotonic()
+        return {
+            hop.peer: hop.compute_s / self.experience.factor(hop.peer, now)
+            for hop in plan.budget().hops
+        }
+
+    def observed(self, plan: Plan, announced: Mapping[PeerId, float], tpot_s: float) -> None:
+        """An answer along the plan's route took so long per token (median)."""
+        route, now = plan.route, self._clock.monotonic()
+        slack_s = max(0.0, route.tpot_p95_s - route.tpot_s)
+        self.experience.observe(announced, route.tpot_s, tpot_s, now, slack_s=slack_s)
+        self._view.doubt(announced)
+
+    def told(self, announced: Mapping[PeerId, float], compute_s: Mapping[PeerId, float]) -> None:
+        """The stages' own words on their computing, seconds per token."""
+        now = self._clock.monotonic()
+        for peer, told_s in compute_s.items():
+            self.experience.observe_stage(peer, announced[peer], told_s, now)
+        self._view.doubt(compute_s)
+
+
+def without_habits(request: RouteRequest) -> RouteRequest:
+    """The same request of a client that has no last route and draws no lots: for dry runs."""
+    return replace(request, spread=0.0, previous=None)

@@ -1,0 +1,263 @@
+"""Reservations: leased at once, begun soon or gone, and nothing of it costs a block."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from hexswarm.links import HELLO_S
+from hexswarm.messages import (
+    Cancel,
+    Close,
+    Failed,
+    Generate,
+    Hidden,
+    Message,
+    Open,
+    Opened,
+    Refuse,
+    Tokens,
+    Trace,
+)
+from hexswarm.peer.actions import Action, Send, Watch
+from hexswarm.peer.admission import RESERVE_S
+from hexswarm.records import Load, PeerId
+from tests.loopback import CLIENT, MODEL, Host, Loopback
+
+KEY = b"k" * 16
+PREVIOUS, NEXT, STRANGER = PeerId("previous"), PeerId("next"), PeerId("stranger")
+HEAD = Open(KEY, 0, MODEL, 0, 2, PREVIOUS, NEXT, (), 64)
+MIDDLE = replace(HEAD, first=2, end=4)
+TAIL = replace(HEAD, first=4, end=6)
+GENERATE = Generate(KEY, 0, 0, 4, (), 0.0, 1.0, 0, 0.0, 1.0, 0)
+HIDDEN = Hidden(KEY, 0, 0, 0, 1, True, "float32")
+TOKENS = Tokens(KEY, 0, 0, 0, True)
+ONE = bytes(4)
+
+
+def opened(message: Open) -> tuple[Loopback, Host]:
+    """One peer of all six layers with one session."""
+    swarm = Loopback((0, 6))
+    swarm.say(CLIENT, "p0", message)
+    while swarm.dials:
+        swarm._finish_dial()
+    return swarm, swarm.hosts[PeerId("p0")]
+
+
+def expire(swarm: Loopback, host: Host, now: float) -> list[Action]:
+    host.ledger.now = now
+    actions = host.table.expire(now)
+    swarm.act(host, actions)
+    return actions
+
+
+def told(actions: list[Action]) -> list[Message]:
+    return [action.message for action in actions if isinstance(action, Send)]
+
+
+def test_a_reservation_outlasts_the_slowest_dial() -> None:
+    """Else a route with one slow link could never open."""
+    assert RESERVE_S >= HELLO_S
+
+
+def test_what_nobody_uses_is_freed_and_the_client_told() -> None:
+    swarm, host = opened(MIDDLE)
+    assert host.table.expires_s == RESERVE_S
+    assert expire(swarm, host, RESERVE_S - 0.001) == []
+    actions = expire(swarm, host, RESERVE_S)
+    (failed,) = told(actions)
+    assert isinstance(failed, Failed)
+    assert (failed.code, failed.peer) == ("expired", "p0")
+    assert {action.peer for action in actions if isinstance(action, Watch)} == {
+        *(CLIENT, PREVIOUS, NEXT)
+    }
+    swarm.check_clean()
+    assert host.table.expires_s == math.inf
+    (late,) = told(swarm.say(PREVIOUS, "p0", HIDDEN, ONE))
+    assert isinstance(late, Failed)
+    assert late.code == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("mine", "who", "message", "payload"),
+    [
+        (HEAD, CLIENT, TOKENS, ONE),
+        (HEAD, CLIENT, GENERATE, b""),
+        (MIDDLE, CLIENT, GENERATE, b""),
+        (MIDDLE, PREVIOUS, HIDDEN, ONE),
+        (TAIL, CLIENT, GENERATE, b""),
+        (TAIL, PREVIOUS, HIDDEN, ONE),
+    ],
+)
+def test_the_first_sign_of_a_turn_commits(
+    mine: Open, who: PeerId, message: Message, payload: bytes
+) -> None:
+    swarm, host = opened(mine)
+    swarm.say(who, "p0", message, payload)
+    assert host.table.expires_s == math.inf
+    assert expire(swarm, host, 3 * RESERVE_S) == []
+    assert len(host.table) == 1
+
+
+@pytest.mark.parametrize(
+    ("who", "message"),
+    [
+        (STRANGER, GENERATE),
+        (PREVIOUS, GENERATE),
+        (STRANGER, HIDDEN),
+        (CLIENT, HIDDEN),
+        (PREVIOUS, replace(HIDDEN, epoch=1)),
+        (CLIENT, replace(GENERATE, epoch=1)),
+        (CLIENT, Cancel(KEY, 0, 0)),
+        (CLIENT, Trace(KEY, 0)),
+        (CLIENT, replace(MIDDLE, kv_tokens=100)),
+    ],
+)
+def test_nothing_else_prolongs_a_reservation(who: PeerId, message: Message) -> None:
+    """Not even to ask for more: who only ever asks holds nothing for long."""
+    swarm, host = opened(MIDDLE)
+    host.ledger.now = RESERVE_S / 2
+    swarm.say(who, "p0", message, ONE if isinstance(message, Hidden) else b"")
+    assert host.table.expires_s == RESERVE_S
+    expire(swarm, host, RESERVE_S)
+    assert len(host.table) == 0
+    assert host.kv_in_use == 0
+
+
+def test_an_extension_of_a_committed_session_reserves_nothing() -> None:
+    swarm, host = opened(MIDDLE)
+    swarm.say(CLIENT, "p0", GENERATE)
+    swarm.say(CLIENT, "p0", replace(MIDDLE, kv_tokens=100))
+    assert host.table.expires_s == math.inf
+
+
+def test_every_answer_tells_the_load() -> None:
+    """Of the moment after the lease, or after it was given back."""
+    swarm, host = opened(TAIL)
+    (granted,) = told(host.table.dialled(KEY, 0, True))
+    assert isinstance(granted, Opened)
+    assert granted.load == Load(0.25, 1.5, 0.5, 60 * 16)
+    (refused,) = told(swarm.say(CLIENT, "p0", replace(TAIL, session=b"2" * 16, digest="cd" * 32)))
+    assert isinstance(refused, Refuse)
+    assert refused.load == granted.load
+    (unreachable,) = told(host.table.dialled(KEY, 0, False))
+    assert isinstance(unreachable, Refuse)
+    assert unreachable.load == replace(granted.load, free_kv_tokens=64 * 16)
+
+
+class Reservations(RuleBasedStateMachine):
+    """Reserve, begin, extend, close, lose, expire in any order.
+
+    The stage holds exactly the sessions that it should, and exactly their blocks: a reservation
+    never outlives `RESERVE_S`, a session that began ends by its lease (100 s) alone.
+    """
+
+    LEASE_S = 100.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.swarm = Loopback((0, 6), blocks=24)
+        self.host = self.swarm.hosts[PeerId("p0")]
+        self.reserved: dict[bytes, float] = {}
+        self.used: dict[bytes, float] = {}
+        """When each session last stepped, at first: was opened."""
+        self.owner: dict[bytes, PeerId] = {}
+        self.lengths: dict[bytes, int] = {}
+
+    def gone(self, key: bytes) -> None:
+        self.reserved.pop(key, None)
+        for book in (self.used, self.owner, self.lengths):
+            del book[key]
+
+    def some(self, index: int) -> bytes:
+        return sorted(self.used)[index % len(self.used)]
+
+    @property
+    def now(self) -> float:
+        return self.host.ledger.now
+
+    @rule(
+        number=st.integers(0, 9),
+        tokens=st.sampled_from([1, 40, 100, 200]),
+        who=st.sampled_from([CLIENT, STRANGER]),
+        reachable=st.booleans(),
+    )
+    def ask(self, number: int, tokens: int, who: PeerId, reachable: bool) -> None:
+        key = bytes([number]) * 16
+        known, mine = key in self.used, self.owner.get(key) == who
+        free = self.host.ledger.tables.free_blocks
+        answers = told(self.swarm.say(who, "p0", replace(MIDDLE, session=key, kv_tokens=tokens)))
+        if known and not mine:
+            assert isinstance(answers[0], Refuse)
+        elif answers:
+            assert isinstance(answers[0], Refuse)
+            assert answers[0].code == "full"
+            assert -(-tokens // 16) > free
+        else:
+            if not known:
+                self.reserved[key] = self.now + RESERVE_S
+                self.used[key], self.owner[key], self.lengths[key] = self.now, who, 0
+            self.swarm.dials.clear()
+            self.swarm.act(self.host, self.host.table.dialled(key, 0, reachable))
+            if not reachable:
+                self.gone(key)
+
+    @precondition(lambda self: self.used)
+    @rule(index=st.integers(0, 9), how=st.sampled_from(["generate", "hidden"]))
+    def begin(self, index: int, how: str) -> None:
+        key = self.some(index)
+        self.reserved.pop(key, None)
+        if how == "generate":
+            self.swarm.say(self.owner[key], "p0", replace(GENERATE, session=key))
+            return
+        position = self.lengths[key]
+        step = replace(HIDDEN, session=key, position=position)
+        self.swarm.say(PREVIOUS, "p0", step, ONE)
+        if self.host.refused:
+            self.host.refused.clear()  # above its lease
+        else:
+            self.used[key], self.lengths[key] = self.now, position + 1
+
+    @precondition(lambda self: self.used)
+    @rule(index=st.integers(0, 9), who=st.sampled_from([CLIENT, STRANGER, PREVIOUS]))
+    def close(self, index: int, who: PeerId) -> None:
+        key = self.some(index)
+        self.swarm.say(who, "p0", Close(key))
+        if self.owner[key] == who:
+            self.gone(key)
+
+    @rule(who=st.sampled_from([CLIENT, STRANGER, PREVIOUS]))
+    def lose(self, who: PeerId) -> None:
+        self.swarm.act(self.host, self.host.table.on_lost(who))
+        for key in [key for key, owner in self.owner.items() if owner == who]:
+            self.gone(key)
+
+    @rule(seconds=st.sampled_from([0.0, 0.5, 3.0, 7.0, 10.0, 60.0]))
+    def wait(self, seconds: float) -> None:
+        now = self.now + seconds
+        failed = told(expire(self.swarm, self.host, now))
+        late = [key for key, due_s in self.reserved.items() if due_s <= now]
+        late += [key for key, used_s in self.used.items() if now - used_s > self.LEASE_S]
+        assert {m.session for m in failed if isinstance(m, Failed)} == set(late)
+        for key in set(late):
+            self.gone(key)
+
+    @invariant()
+    def the_books_agree(self) -> None:
+        self.swarm.check()
+        assert set(self.host.ledger.tables.sessions) == set(self.used)
+        assert self.host.table.expires_s == min(self.reserved.values(), default=math.inf)
+
+    def teardown(self) -> None:
+        self.swarm.act(self.host, self.host.table.end_all())
+        self.host.steps.clear()
+        self.swarm.check_clean()
+
+
+Reservations.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestReservations = Reservations.TestCase

@@ -1,0 +1,312 @@
+"""What a client chooses, measures and learns, over a swarm in memory."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from hexswarm import planning
+from hexswarm.errors import NoRoute, Refused, UsageError
+from hexswarm.opening import next_spare
+from hexswarm.options import Wishes
+from hexswarm.planning import without_habits
+from hexswarm.records import PeerId, Route, RouteRequest, Span, Stage
+from tests import virtual
+from tests.asking import PROMPT, SPARED, THREE, client, scenario
+
+P0, P1, P2, P3 = (PeerId(f"p{number}") for number in range(4))
+
+
+def peers(route: Route) -> list[str]:
+    return [stage.peer for stage in route.stages]
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The requests that the router is asked from now on."""
+    asked: list[Any] = []
+    real = planning.find_route
+
+    def find_route(view: Any, request: Any, now: float, rng: Any) -> Route:
+        asked.append(request)
+        return real(view, request, now, rng)
+
+    monkeypatch.setattr(planning, "find_route", find_route)
+    return asked
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+@scenario
+async def test_every_way_of_a_route_is_measured_before_it_is_used() -> None:
+    async with client(*THREE) as (_, c):
+        plan = await c.plan(8, 4)
+        assert plan.route.unmeasured == ()
+        assert [hop.origin for hop in plan.budget().hops] == ["measured"] * 3
+        assert all(hop.rtt_s == pytest.approx(0.02) for hop in plan.budget().hops)
+        took_s = plan.route.tpot_s
+        assert took_s == pytest.approx(sum(_sum(hop) for hop in plan.budget().hops))
+        assert took_s > 0.03, "three ways of 10 ms"
+
+
+def _sum(hop: Any) -> float:
+    return float(hop.compute_s + hop.queue_s + hop.link_s + hop.serialise_s)
+
+
+@scenario
+async def test_what_was_measured_is_not_measured_again() -> None:
+    async with client(*THREE) as (_, c):
+        await c.plan(8, 4)
+        began_s = asyncio.get_running_loop().time()
+        await c.plan(8, 4)
+        assert asyncio.get_running_loop().time() == began_s
+
+
+@scenario
+async def test_a_peer_that_does_not_answer_is_passed_over_within_seconds() -> None:
+    async with client(*SPARED) as (w, c):
+        w.network.freeze(P1)
+        began_s = asyncio.get_running_loop().time()
+        plan = await c.plan(8, 4)
+        assert peers(plan.route) == ["p0", "p3", "p2"]
+        assert asyncio.get_running_loop().time() - began_s < planning.ROUNDS * planning.MEASURE_S
+        w.network.cut(P1)
+
+
+@scenario
+async def test_an_unchanged_swarm_is_one_snapshot() -> None:
+    async with client(*THREE) as (_, c):
+        await c.plan(8, 4)
+        assert await c.snapshot() is await c.snapshot()
+
+
+# --- wishes ---------------------------------------------------------------------------------------
+
+
+@scenario
+async def test_a_limit_that_can_be_kept() -> None:
+    async with client(*SPARED) as (_, c):
+        done = await c.generate(PROMPT, max_new_tokens=3, max_latency=10.0, ttft=60.0)
+        assert len(done.ids) == 3
+        assert done.route.tpot_p95_s <= 10
+
+
+@scenario
+async def test_a_limit_that_nobody_can_keep() -> None:
+    async with client(*SPARED) as (w, c):
+        with pytest.raises(NoRoute) as caught:
+            await c.generate(PROMPT, max_new_tokens=3, max_latency=0.001)
+        assert caught.value.binding == "tpot"
+        assert 0.03 < caught.value.achievable["tpot_s"] < 0.2
+        assert all(len(peer.host.table) == 0 for peer in w.peers)
+
+
+@scenario
+async def test_peers_to_do_without_and_peers_to_trust() -> None:
+    async with client(*SPARED) as (_, c):
+        assert peers((await c.plan(8, 4, deny=["p1"])).route) == ["p0", "p3", "p2"]
+        assert peers((await c.plan(8, 4, allow=["p0", "p3", "p2"])).route) == ["p0", "p3", "p2"]
+        assert peers((await c.plan(8, 4, trusted=["p0", "p3", "p2"])).route) == ["p0", "p3", "p2"]
+        for wish in ({"deny": ["p0"]}, {"allow": ["p1"]}, {"dtypes": ["bfloat16"]}):
+            with pytest.raises(NoRoute):
+                await c.plan(8, 4, **wish)
+        with pytest.raises(UsageError):
+            await c.plan(8, 4, max_latency=-1)
+
+
+@scenario
+async def test_a_conversation_moves_when_its_wishes_do() -> None:
+    async with client(*SPARED) as (_, c), c.conversation() as talk:
+        first = await talk.generate(PROMPT, max_new_tokens=3)
+        again = await talk.generate(PROMPT, max_new_tokens=3)
+        assert (first.session, again.reused_tokens) == (again.session, len(PROMPT) - 1)
+        moved = await talk.generate(PROMPT, max_new_tokens=3, deny=["p1"])
+        assert peers(moved.route) == ["p0", "p3", "p2"]
+        assert moved.session != first.session
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+def test_a_spare_is_taken_without_asking_the_router(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def act() -> None:
+        async with client(*SPARED) as (w, c):
+            await c.plan(8, 4)
+            await c.plan(8, 4, deny=["p1"])  # all ways are known now
+            w.peers[1].server.carry_out(w.peers[1].host.table.drain(1.0))
+            asked = counted(monkeypatch)
+            done = await c.generate(PROMPT, max_new_tokens=3)
+            assert peers(done.route) == ["p0", "p3", "p2"]
+            assert len(asked) == 1
+
+    virtual.run(act())
+
+
+def test_without_a_spare_the_router_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def act() -> None:
+        async with client(*SPARED) as (w, c):
+            await c.plan(8, 4)
+            for number in (1, 3):
+                w.peers[number].server.carry_out(w.peers[number].host.table.drain(1.0))
+            asked = counted(monkeypatch)
+            with pytest.raises(Refused):
+                await c.generate(PROMPT, max_new_tokens=3)
+            assert {"p1", "p3"} <= asked[-1].deny
+
+    virtual.run(act())
+
+
+@scenario
+async def test_a_refusal_tells_the_load() -> None:
+    """A peer that turned out to be full is not asked again, until it says otherwise."""
+    async with client(*SPARED) as (w, c):
+        hold = w.peers[1].host.ledger.tables
+        hold.lease(bytes(16), 64 * 16, 0.0)
+        assert peers((await c.generate(PROMPT, max_new_tokens=3)).route) == ["p0", "p3", "p2"]
+        assert "p1" in c._runtime.loads
+        hold.release(bytes(16), 0.0)
+
+
+@scenario
+async def test_what_we_gave_back_is_free_again() -> None:
+    """A stage counts our lease as taken when it grants it; nobody tells that it is free again."""
+    async with client(*THREE) as (w, c):
+        for _ in range(2):
+            done = await c.generate(PROMPT, max_new_tokens=100)
+            await w.settle()
+            free = [item.free_kv_tokens for item in (await c.snapshot()).announcements]
+            assert free == [1024, 1024, 1024]
+        async with c.conversation() as talk:
+            await talk.generate(PROMPT, max_new_tokens=30)
+            await talk.generate(PROMPT, max_new_tokens=100)
+            held = [item.free_kv_tokens for item in (await c.snapshot()).announcements]
+            assert max(held) < 1024 - 100
+        await w.settle()
+        free = [item.free_kv_tokens for item in (await c.snapshot()).announcements]
+        assert free == [1024, 1024, 1024]
+        assert len(done.ids) == 100
+
+
+def route(*names: str, unmeasured: tuple[tuple[PeerId, PeerId], ...] = ()) -> Route:
+    stages = tuple(Stage(PeerId(name), Span(index, index + 1)) for index, name in enumerate(names))
+    return Route(stages, 1.0, 1.0, unmeasured=unmeasured)
+
+
+def test_which_spare() -> None:
+    asked = RouteRequest("m", 2, 4, 8, 8)
+    spares = [route("a", "b"), route("a", "c", unmeasured=((PeerId("a"), PeerId("c")),))]
+    spares.append(route("d", "c"))
+    assert next_spare(asked, spares, set()) is spares[0]
+    assert next_spare(asked, spares, {PeerId("b")}) is spares[1]
+    assert next_spare(replace(asked, tpot_s=0.1), spares, {PeerId("b")}) is spares[2]
+    assert next_spare(asked, spares, {PeerId("c"), PeerId("b")}) is None
+
+
+# --- habits ---------------------------------------------------------------------------------------
+
+
+@scenario
+async def test_the_last_route_is_a_habit_until_it_fails() -> None:
+    async with client(*SPARED) as (_, c):
+        spec = c.folder.spec
+        assert c._planner.request(spec, 8, 4, Wishes()).previous is None
+        done = await c.generate(PROMPT, max_new_tokens=3)
+        asked = c._planner.request(spec, 8, 4, Wishes())
+        assert asked.previous == done.route
+        assert asked.warm >= {P0, P1, P2}
+        assert without_habits(asked).previous is None
+        c._planner.leave([P3])
+        assert c._planner.request(spec, 8, 4, Wishes()).previous == done.route
+        c._planner.leave([P1])
+        assert c._planner.request(spec, 8, 4, Wishes()).previous is None
+
+
+# --- learning -------------------------------------------------------------------------------------
+
+
+@scenario
+async def test_a_peer_that_announces_too_much_is_found_out() -> None:
+    """p1 says 2 ms a layer and takes 40 ms a step: after two answers p3 is preferred."""
+    async with client(*SPARED) as (w, c):
+        w.peers[1].device.step_s = 0.04
+        first = await c.generate(PROMPT, max_new_tokens=30)
+        assert peers(first.route) == ["p0", "p1", "p2"]
+        assert first.tpot_s is not None
+        await w.settle()
+        await c.generate(PROMPT, max_new_tokens=30)
+        await w.settle()
+        third = await c.generate(PROMPT, max_new_tokens=30)
+        assert peers(third.route) == ["p0", "p3", "p2"]
+        now = c._clock.monotonic()
+        assert c._planner.experience.factor(P1, now) > 2
+
+
+@scenario
+async def test_an_answer_is_traced() -> None:
+    async with client(*THREE) as (w, c):
+        done = await c.generate(PROMPT, max_new_tokens=20)
+        await w.settle()
+        trace = await c.trace(done.session)
+        assert trace == await c.trace()
+        assert (trace.prompt_tokens, trace.new_tokens) == (8, 20)
+        assert trace.tpot_s == done.tpot_s
+        assert [hop.peer for hop in trace.hops] == ["p0", "p1", "p2"]
+        assert trace.predicted_tpot_s == done.route.tpot_s
+        assert trace.complete
+
+
+@scenario
+async def test_each_turn_of_a_conversation_is_traced() -> None:
+    async with client(*THREE) as (w, c), c.conversation() as talk:
+        first = await talk.generate(PROMPT, max_new_tokens=9)
+        await w.settle()
+        assert (await c.trace()).new_tokens == 9
+        await talk.generate([*PROMPT, *first.ids], max_new_tokens=12)
+        await w.settle()
+        assert (await c.trace(first.session)).new_tokens == 12
+
+
+@scenario
+async def test_a_trace_delays_no_answer() -> None:
+    """A stage that tells nothing: the answer is there at once, the session goes a second later."""
+    async with client(*THREE) as (w, c):
+        stream = c.stream(PROMPT, max_new_tokens=9)
+        for _ in range(9):
+            await anext(stream)
+        w.network.freeze(P1)
+        began_s = asyncio.get_running_loop().time()
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+        assert asyncio.get_running_loop().time() == began_s
+        assert len(stream.completion.ids) == 9
+        await w.settle(1.5)
+        assert len(c._runtime) == 0
+        trace = await c.trace()
+        assert [hop.measured is None for hop in trace.hops] == [False, True, False]
+        w.network.cut(P1)
+
+
+@scenario
+async def test_a_client_that_closes_waits_for_its_traces() -> None:
+    async with client(*THREE) as (w, c):
+        done = await c.generate(PROMPT, max_new_tokens=9)
+        folder = c._tracer.folder
+        await c.close()
+        assert [path.stem for path in folder.glob("*.json")] == [done.session]
+        await w.settle()
+        assert w.clean
+
+
+@scenario
+async def test_a_cancelled_answer_leaves_no_trace() -> None:
+    async with client(*THREE) as (w, c):
+        stream = c.stream(PROMPT, max_new_tokens=50)
+        await anext(stream)
+        await stream.aclose()
+        await w.settle()
+        assert not c._tracer.folder.exists()
+        with pytest.raises(UsageError, match="no trace"):
+            await c.trace()
