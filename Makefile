@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 EDITABLE := --no-build-isolation --config-settings editable_mode=strict -e
 PACKAGES := swarm swarm/transports peer peer/models router kernels bootstrap
-NATIVE := setup.py kernels/native.c kernels/native_layers.h
+NATIVE := setup.py $(wildcard kernels/*.c kernels/*.h router/*.c router/*.h)
 FILES := $(sort $(NATIVE) $(wildcard $(addsuffix /*.py,$(PACKAGES)) $(addsuffix /py.typed,$(PACKAGES))))
 
 # As typed, without make's view of "$": the prompt reaches the demo through its environment.
@@ -58,7 +58,7 @@ bench: env
 	$(BIN)/python benchmarks/loopback.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info kernels/*.so router/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find swarm peer router kernels bootstrap tests benchmarks -name __pycache__ -prune \
 	    -exec rm -rf {} +
 

@@ -43,7 +43,8 @@ LAYERS = Extension(
 ROUTER = Extension(
     "hexswarm.router._native",
     sources=["router/native.c"],
-    extra_compile_args=["-std=c11", "-O3", "-g0"],
+    depends=["router/native_tables.h", "router/native_search.h", "router/native_select.h"],
+    extra_compile_args=["-std=c11", "-O3", "-g0", "-fno-trapping-math"],
     optional=True,
 )
 

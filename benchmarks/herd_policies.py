@@ -19,20 +19,21 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from statistics import fmean
+from dataclasses import dataclass, field
 
-from herd_world import HIDDEN_BYTES, JITTER, LAYERS, MODEL, Request, Ring, View, World
+from herd_events import JITTER, Choice, Ring, View
+from herd_world import HIDDEN_BYTES, LAYERS, MODEL, Request, World
 
 from hexswarm.errors import NoRoute
 from hexswarm.records import Announcement, Link, Load, PeerId, Route, RouteRequest
+from hexswarm.router import cost
 from hexswarm.router.network import Snapshot, snapshot
 from hexswarm.router.routing import find_route
 
 PETALS_HOP_S = 0.018
 PETALS_NO_CACHE_S = 10.0
-THINNING = 5.0
-"""How fast the share of peers considered falls as the swarm gets busy: a half from 10 % on."""
+SPREAD = 0.1
+"""As the client asks (swarm/planning.py)."""
 FULL_SHARE = 0.05
 """By how much a full node counts slower in the cost per layer."""
 
@@ -54,7 +55,7 @@ class Shortest:
 
     def route(
         self, now: float, view: View, client: int, request: Request, refused: frozenset[int]
-    ) -> Ring | None:
+    ) -> Choice | None:
         way, items = self.world.one_way_s, view.announcements
         to_client = self.world.client_way_s[self.world.sites[client]]
         entry = [self.enter_s(item, request) for item in items]
@@ -88,12 +89,13 @@ class Shortest:
         best, peer = min(heads, default=(math.inf, -1))
         if best == math.inf:
             return None
-        ring, reached = [], 0
+        ring: list[tuple[int, int]] = []
+        reached = 0
         while peer >= 0:
             end = items[peer].span.end
             ring.append((peer, end - reached))
             reached, peer = end, after[peer]
-        return ring
+        return Choice(ring)
 
 
 class Petals(Shortest):
@@ -130,13 +132,26 @@ class _Client:
 Search = Callable[[Snapshot, RouteRequest, float, random.Random], Route]
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Which requests have a limit on the time per token, and which."""
+
+    base_s: float
+    """The limit of a request is its strictness times this."""
+    share: float = 1.0
+    """Of the requests that have one."""
+    percentile: float = 95.0
+    promised: bool = True
+    """Whether the stages are asked to promise it."""
+
+    def of(self, request: Request) -> float | None:
+        return request.strictness * self.base_s if request.lot < self.share else None
+
+
 class Ours:
     """`find_route` as the client uses it; the switches take single ideas away.
 
-    `consider` is an idea against stale views: each request looks at a random share of the peers
-    first, and at all of them if no route is found among those and no limit is set. However many
-    clients believe the same old word that a peer is idle, no more than this share comes to it. An
-    idle swarm is looked at as a whole; the share falls to `consider` as the mean of `busy` grows.
+    A refused request takes the first spare without the peers that refused, then asks again.
     """
 
     def __init__(
@@ -144,65 +159,43 @@ class Ours:
         world: World,
         seed: int,
         *,
-        name: str = "ours",
-        spread: float = 0.1,
+        spread: float = SPREAD,
         piggyback: bool = True,
         hysteresis: bool = True,
-        consider: float = 1.0,
-        thinning: float = THINNING,
-        limits: bool = False,
-        percentile: float = 95.0,
-        idle_tpot_s: float = 0.0,
+        limits: Limits | None = None,
         search: Search = find_route,
     ) -> None:
-        self.world, self.name, self.spread = world, name, spread
+        self.world, self.spread, self.limits = world, spread, limits
         self.piggyback, self.hysteresis = piggyback, hysteresis
-        self.consider, self.thinning = consider, thinning
-        self.limits, self.percentile, self.idle_tpot_s = limits, percentile, idle_tpot_s
         self.search = search
         self.rng = random.Random(seed)
         self.clients = [_Client() for _ in world.sites]
         self.index = {machine.peer: number for number, machine in enumerate(world.machines)}
         self.peers = frozenset(self.index)
-        self.ordered = sorted(self.peers)
         self.links = links(world)
         self.snapshots: dict[int, tuple[tuple[int, int], Snapshot]] = {}
 
     def route(
         self, now: float, view: View, client: int, request: Request, refused: frozenset[int]
-    ) -> Ring | None:
+    ) -> Choice | None:
         state = self.clients[client]
-        spare = _spare(state.attempt, {self.world.machines[index].peer for index in refused})
-        if refused and spare is not None:
-            return self.ring(state, spare)
         wanted, seen = self.wanted(client, request, refused, state), self.seen(now, view, state)
-        share = self.share(view)
-        hidden = frozenset(peer for peer in self.ordered if self.rng.random() >= share)
-        if hidden and not refused:
-            part = replace(wanted, deny=wanted.deny | hidden)
-            # Under a limit a second look at all peers would bring the herd back to the fastest.
-            choices = [part] if self.limits else [part, wanted]
-        else:
-            choices = [wanted]
-        for choice in choices:
+        route = _spare(state.attempt, wanted.deny) if refused else None
+        if route is None:
             try:
-                return self.ring(state, self.search(seen, choice, now, self.rng))
+                route = self.search(seen, wanted, now, self.rng)
             except NoRoute:
-                continue
-        return None
-
-    def share(self, view: View) -> float:
-        """Of all peers, those that the next request looks at first."""
-        busy = fmean(item.busy for item in view.announcements)
-        return max(self.consider, 1 - self.thinning * busy)
-
-    def ring(self, state: _Client, route: Route) -> Ring:
+                return None
         state.attempt = route
-        return [(self.index[stage.peer], len(stage.span)) for stage in route.stages]
+        ring = [(self.index[stage.peer], len(stage.span)) for stage in route.stages]
+        if wanted.tpot_s is None or self.limits is None or not self.limits.promised:
+            return Choice(ring)
+        return Choice(ring, cost.budgets(seen, wanted, route.stages))
 
     def wanted(
         self, client: int, request: Request, refused: frozenset[int], state: _Client
     ) -> RouteRequest:
+        limit_s = self.limits.of(request) if self.limits else None
         return RouteRequest(
             model=MODEL,
             layers=LAYERS,
@@ -210,8 +203,8 @@ class Ours:
             prompt_tokens=request.prompt,
             new_tokens=request.answer,
             client=site_id(self.world.sites[client]),
-            tpot_s=request.strictness * self.idle_tpot_s if self.limits else None,
-            percentile=self.percentile if self.limits else 50.0,
+            tpot_s=limit_s,
+            percentile=self.limits.percentile if self.limits and limit_s else 50.0,
             deny=frozenset(self.world.machines[index].peer for index in refused),
             warm=self.peers,
             spread=self.spread,
@@ -239,7 +232,7 @@ class Ours:
             state.previous, state.attempt = state.attempt, None
 
 
-def _spare(attempt: Route | None, refused: set[PeerId]) -> Route | None:
+def _spare(attempt: Route | None, refused: frozenset[PeerId]) -> Route | None:
     """The first spare of the last attempt that avoids who refused."""
     for route in attempt.spares if attempt else ():
         if not refused & {stage.peer for stage in route.stages}:

@@ -1,20 +1,8 @@
-"""A swarm under load as a discrete-event simulation: the world of `herd.py`.
+"""The swarms and the requests that `herd.py` draws, and what load 1 is.
 
-Everything that makes routing under load hard is in it, and nothing else: unlike peers in four
-regions, continuous batches, finite KV, announcements that are seconds old when a client reads them.
-Time is virtual, chance is seeded, and the arrivals of a world are drawn before any policy runs, so
-that two policies meet exactly the same requests.
-
-*Peers.* A peer that becomes free takes all decode rows that wait, and up to `CHUNK` prompt tokens
-beside them. Such a batch lasts
-
-    widest row x decode_layer_s + layers of the further rows x row_layer_s
-    + prompt tokens x their layers x prefill_layer_s
-
-where a prompt alone reads the weights at least once. The tail's row counts one layer more: the LM
-head. *Links.* One way is half a round trip with exponential jitter; the activations of a prompt
-also pay bandwidth. *Sessions.* KV is leased at all stages or refused; the prompt goes once around
-the route, then decode steps run around the ring, tail to head, without the client.
+Unlike peers in four regions joined one by one, each where layers were held the least; clients sit
+at a few sites of the same regions. Requests come as a Poisson process and are drawn before any
+policy runs, so that two policies meet exactly the same ones.
 
 *Load 1* is the fluid bound: the largest rate of requests for which each layer's work can be divided
 among its holders with no peer over 100 %, every decode step costing what it costs in a batch of
@@ -22,20 +10,14 @@ among its holders with no peer over 100 %, every decode step costing what it cos
 span ends first, finds such a division if there is one (Glover 1967), and bisection finds the rate.
 The bound ignores links, stages and chance; larger batches are cheaper a row, so a little more than
 1 can be survived.
-
-Left out: dying peers, gathering at the head, KV length in the step time.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
 import random
-from bisect import bisect_right
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,27 +44,15 @@ KV_BYTES = (1e9, 4e9)
 """What a peer has left for KV beside its weights."""
 KV_TOKEN_LAYER_BYTES = 4096
 """Eight KV heads of 128, keys and values, at two bytes: as large models have them."""
-CHUNK = 256
-"""Prompt tokens beside the decode rows of one batch."""
 ROWS = 8
 """The batch at which capacity is defined."""
-JITTER = 0.05
-"""Mean of the exponential jitter relative to the way."""
-MEMORY_S = 10.0
-"""Over how long a peer averages its load."""
-ANNOUNCE_S = (5.0, 30.0)
-"""A peer announces after a time drawn from this."""
-REFRESH_S = 10.0
-"""A client reads the directory this often."""
 PHASES = 16
 """So many groups of clients read at different moments."""
-ATTEMPTS = 6
-"""Routes tried before a request counts as refused."""
 WARM_S, COOL_S = 60.0, 10.0
 """Requests in the first seconds do not count (sessions last about 30 s, so the swarm is filled by
 then), and others still come while the last counted ones run."""
 STRICTNESS = (1.2, 3.0)
-"""Limits are drawn from this, times the best time per token of the idle swarm."""
+"""Limits are drawn from this, times a time per token that the policy knows."""
 PROMPT = (160.0, 0.9)
 ANSWER = (64.0, 0.6)
 """Median and sigma of the log-normal lengths, tokens."""
@@ -110,7 +80,9 @@ class Request:
     prompt: int
     answer: int
     strictness: float
-    """Its limit, where a policy has limits: so many times the best time per token when idle."""
+    """Its limit, where it has one: so many times a given time per token."""
+    lot: float
+    """0 to 1: where a share of the requests has a limit, those below the share have one."""
     measured: bool
     """Arrived neither in the warm-up nor in the cool-down."""
 
@@ -263,350 +235,11 @@ def draw_requests(
             end_s = now + COOL_S
         client = rng.randrange(len(world.sites))
         prompt, answer = _length(PROMPT, 4, rng), _length(ANSWER, 8, rng)
-        found.append(Request(now, client, prompt, answer, rng.uniform(*STRICTNESS), measures))
+        strictness, lot = rng.uniform(*STRICTNESS), rng.random()
+        found.append(Request(now, client, prompt, answer, strictness, lot, measures))
         now += rng.expovariate(load * world.capacity)
     return tuple(found)
 
 
 def _length(shape: tuple[float, float], least: int, rng: random.Random) -> int:
     return min(2048, max(least, round(rng.lognormvariate(math.log(shape[0]), shape[1]))))
-
-
-Ring = Sequence[tuple[int, int]]
-"""A route as (peer, layers) in order."""
-
-
-class Policy(Protocol):
-    """How clients choose; sees only what a client can see."""
-
-    def route(
-        self, now: float, view: View, client: int, request: Request, refused: frozenset[int]
-    ) -> Ring | None:
-        """The ring to try now; `refused` are the peers that refused this request."""
-
-    def told(self, now: float, client: int, loads: dict[int, Load], *, opened: bool) -> None:
-        """What the stages answered to the attempt: their loads with `Opened` or `Refuse`."""
-
-
-class View:
-    """What the directory gave to the clients of one phase at their last reading."""
-
-    __slots__ = ("announcements", "key")
-
-    def __init__(self, key: tuple[int, int], announcements: tuple[Announcement, ...]) -> None:
-        self.key = key
-        """Phase and number of the reading: equal keys are equal views."""
-        self.announcements = announcements
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of one measured request."""
-
-    request: Request
-    tpot_s: float
-    """Mean seconds per token after the first; nan if refused."""
-    ttft_s: float
-    stages: int
-    refusals: int
-    accepted: bool
-
-
-@dataclass(slots=True)
-class _Session:
-    request: Request
-    peers: list[int]
-    layers: list[int]
-    """Of each stage; the tail counts one more."""
-    ways: list[float]
-    """One way to the next stage, the last one's to the head."""
-    refusals: int
-    made: int = 0
-    first_s: float = 0.0
-    chunks_left: int = 0
-
-
-class _Meter:
-    """A peer's own load: averages with a memory of `MEMORY_S` that fade when nothing happens."""
-
-    __slots__ = ("at_s", "busy", "rows", "steps", "waits_s")
-
-    def __init__(self) -> None:
-        self.at_s = self.rows = self.busy = self.steps = self.waits_s = 0.0
-
-    def fade(self, now: float) -> None:
-        keep = math.exp((self.at_s - now) / MEMORY_S)
-        self.at_s = now
-        self.rows *= keep
-        self.busy *= keep
-        self.steps *= keep
-        self.waits_s *= keep
-
-    def batch(
-        self, now: float, rows: int, waits_s: float, took_s: float, marginal_s: float
-    ) -> None:
-        self.fade(now)
-        share = 1 - math.exp(-took_s / MEMORY_S)
-        self.rows += rows * share
-        self.busy += marginal_s / took_s * share
-        self.steps += rows
-        self.waits_s += waits_s
-
-    def load(self, now: float, free_kv_tokens: int) -> Load:
-        self.fade(now)
-        queue_s = self.waits_s / max(self.steps, 1.0)
-        return Load(queue_s, self.rows, min(1.0, self.busy), free_kv_tokens)
-
-
-@dataclass(slots=True)
-class _Peer:
-    machine: Machine
-    free_kv: int
-    rows: list[tuple[_Session, int, float]] = field(default_factory=list)
-    chunks: deque[tuple[_Session, int, int]] = field(default_factory=deque)
-    """(session, stage, tokens)."""
-    running: bool = False
-    meter: _Meter = field(default_factory=_Meter)
-    marginal_s: float = 0.0
-    awake_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    outcomes: tuple[Outcome, ...]
-    busy: tuple[float, ...]
-    """For each peer the share of its throughput in use while measured requests came."""
-    awake: tuple[float, ...]
-    """For each peer the share of that time in which it computed."""
-
-
-def simulate(
-    world: World,
-    requests: Sequence[Request],
-    policy: Policy,
-    seed: int,
-    announce_s: tuple[float, float] = ANNOUNCE_S,
-    refresh_s: float = REFRESH_S,
-) -> Result:
-    """Run all requests under one policy."""
-    return _Run(world, requests, policy, seed, announce_s, refresh_s).run()
-
-
-class _Run:
-    """The event loop; events are (time, number, method, arguments)."""
-
-    def __init__(
-        self,
-        world: World,
-        requests: Sequence[Request],
-        policy: Policy,
-        seed: int,
-        announce_s: tuple[float, float],
-        refresh_s: float,
-    ) -> None:
-        self.world, self.requests, self.policy = world, requests, policy
-        self.rng = random.Random(seed)
-        self.announce_s, self.refresh_s = announce_s, refresh_s
-        self.peers = [_Peer(machine, machine.kv_tokens) for machine in world.machines]
-        self.history: list[list[tuple[float, Announcement]]] = []
-        self.views: dict[int, View] = {}
-        self.events: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
-        self.number = 0
-        self.over = 0
-        self.outcomes: list[Outcome] = []
-        self.window: list[tuple[float, list[float], list[float]]] = []
-        """When the first and the last measured request came: time, work done, time awake."""
-        self.one_way = world.one_way_s.tolist()
-        self.client_way = world.client_way_s.tolist()
-
-    def at(self, when: float, what: Callable[..., None], *arguments: object) -> None:
-        self.number += 1
-        heapq.heappush(self.events, (when, self.number, what, arguments))
-
-    def run(self) -> Result:
-        for index, peer in enumerate(self.peers):
-            idle = Load(free_kv_tokens=peer.free_kv)
-            self.history.append([(-1e9, self.world.announcement(index, idle, 0.0, 0))])
-            self.at(self.rng.uniform(0, self.announce_s[1]), self.announce, index)
-        self.at(self.requests[0].arrive_s, self.arrive, 0)
-        now = 0.0
-        while self.over < len(self.requests):
-            now, _, what, arguments = heapq.heappop(self.events)
-            what(now, *arguments)
-        (begin, work, awake), (end, work_, awake_) = self.window[0], self.window[-1]
-        lasted_s = max(end - begin, 1e-9)  # one request alone has no window
-        return Result(
-            tuple(self.outcomes),
-            tuple((b - a) / lasted_s for a, b in zip(work, work_, strict=True)),
-            tuple((b - a) / lasted_s for a, b in zip(awake, awake_, strict=True)),
-        )
-
-    def announce(self, now: float, index: int) -> None:
-        peer, told = self.peers[index], self.history[index]
-        load = peer.meter.load(now, peer.free_kv)
-        told.append((now, self.world.announcement(index, load, now, len(told))))
-        self.at(now + self.rng.uniform(*self.announce_s), self.announce, index)
-
-    def view(self, now: float, client: int) -> View:
-        """The announcements as they stood when the client last read the directory."""
-        phase = self.world.phases[client]
-        shift = phase / PHASES * self.refresh_s
-        reading = math.floor((now - shift) / self.refresh_s)
-        known = self.views.get(phase)
-        if known is None or known.key[1] != reading:
-            read_s = reading * self.refresh_s + shift
-            items = tuple(
-                told[bisect_right(told, read_s, key=lambda entry: entry[0]) - 1][1]
-                for told in self.history
-            )
-            known = self.views[phase] = View((phase, reading), items)
-        return known
-
-    def arrive(self, now: float, number: int) -> None:
-        if number + 1 < len(self.requests):
-            self.at(self.requests[number + 1].arrive_s, self.arrive, number + 1)
-        request = self.requests[number]
-        if request.measured:
-            work = [peer.marginal_s for peer in self.peers]
-            awake = [peer.awake_s for peer in self.peers]
-            self.window[1:] = [(now, work, awake)]
-        self.attempt(now, request, frozenset(), 0)
-
-    def attempt(self, now: float, request: Request, refused: frozenset[int], tried: int) -> None:
-        """Route and open; the stages answer after the longest round trip."""
-        client = request.client
-        ring = self.policy.route(now, self.view(now, client), client, request, refused)
-        if ring is None or tried == ATTEMPTS:
-            self.end(request, math.nan, math.nan, 0, tried, accepted=False)
-            return
-        tokens = request.prompt + request.answer
-        full = {index for index, _ in ring if self.peers[index].free_kv < tokens}
-        if not full:
-            for index, _ in ring:
-                self.peers[index].free_kv -= tokens
-        loads = {
-            index: self.peers[index].meter.load(now, self.peers[index].free_kv) for index, _ in ring
-        }
-        ways = self.client_way[self.world.sites[client]]
-        answered = now + 2 * max(ways[index] for index, _ in ring)
-        self.policy.told(now, client, loads, opened=not full)
-        if full:
-            self.at(answered, self.attempt, request, refused | full, tried + 1)
-            return
-        peers = [index for index, _ in ring]
-        layers = [count for _, count in ring]
-        layers[-1] += 1
-        hops = [self.one_way[a][b] for a, b in zip(peers, [*peers[1:], peers[0]], strict=True)]
-        session = _Session(request, peers, layers, hops, tried)
-        arrival = answered + ways[peers[0]] * self.jitter()
-        for start in range(0, request.prompt, CHUNK):
-            session.chunks_left += 1
-            self.at(arrival, self.chunk, session, 0, min(CHUNK, request.prompt - start))
-
-    def jitter(self) -> float:
-        return 1 - JITTER * math.log(1 - self.rng.random())
-
-    def chunk(self, now: float, session: _Session, stage: int, tokens: int) -> None:
-        peer = self.peers[session.peers[stage]]
-        peer.chunks.append((session, stage, tokens))
-        if not peer.running:
-            self.start(now, peer)
-
-    def step(self, now: float, session: _Session, stage: int) -> None:
-        peer = self.peers[session.peers[stage]]
-        peer.rows.append((session, stage, now))
-        if not peer.running:
-            self.start(now, peer)
-
-    def start(self, now: float, peer: _Peer) -> None:
-        """Compose a batch of what waits."""
-        rows, peer.rows = peer.rows, []
-        taken, budget = [], CHUNK
-        while peer.chunks and (peer.chunks[0][2] <= budget):
-            taken.append(peer.chunks.popleft())
-            budget -= taken[-1][2]
-        speed = peer.machine.speed
-        widest = total = 0
-        waits_s = 0.0
-        for session, stage, since in rows:
-            count = session.layers[stage]
-            total += count
-            widest = max(widest, count)
-            waits_s += now - since
-        prompt = sum(tokens * session.layers[stage] for session, stage, tokens in taken)
-        prefill_s = prompt * speed.prefill_layer_s
-        took_s = widest * speed.decode_layer_s + (total - widest) * speed.row_layer_s + prefill_s
-        if not rows:
-            reads = max(session.layers[stage] for session, stage, _ in taken)
-            took_s = max(took_s, reads * speed.decode_layer_s)
-        peer.running = True
-        marginal_s = min(took_s, total * speed.row_layer_s + prefill_s)
-        peer.marginal_s += marginal_s
-        peer.awake_s += took_s
-        self.at(now + took_s, self.done, peer, rows, taken, waits_s, took_s, marginal_s)
-
-    def done(
-        self,
-        now: float,
-        peer: _Peer,
-        rows: list[tuple[_Session, int, float]],
-        taken: list[tuple[_Session, int, int]],
-        waits_s: float,
-        took_s: float,
-        marginal_s: float,
-    ) -> None:
-        peer.meter.batch(now, len(rows), waits_s, took_s, marginal_s)
-        peer.running = False
-        if peer.rows or peer.chunks:
-            self.start(now, peer)
-        for session, stage, _ in rows:
-            self.leave(now, session, stage)
-        for session, stage, tokens in taken:
-            if stage + 1 < len(session.peers):
-                way = session.ways[stage] * self.jitter()
-                size_s = tokens * HIDDEN_BYTES / self.bandwidth(session, stage)
-                self.at(now + way + size_s, self.chunk, session, stage + 1, tokens)
-                continue
-            session.chunks_left -= 1
-            if session.chunks_left == 0:
-                session.first_s = now
-                self.leave(now, session, stage)
-
-    def bandwidth(self, session: _Session, stage: int) -> float:
-        machines = self.world.machines
-        a, b = session.peers[stage], session.peers[stage + 1]
-        return min(machines[a].bytes_per_s, machines[b].bytes_per_s)
-
-    def leave(self, now: float, session: _Session, stage: int) -> None:
-        """A step leaves a stage: on to the next, or a token is made."""
-        following = stage + 1
-        if following == len(session.peers):
-            session.made += 1
-            following = 0
-            if session.made == session.request.answer:
-                self.finish(now, session)
-                return
-        self.at(now + session.ways[stage] * self.jitter(), self.step, session, following)
-
-    def finish(self, now: float, session: _Session) -> None:
-        request = session.request
-        for index in session.peers:
-            self.peers[index].free_kv += request.prompt + request.answer
-        tpot_s = (now - session.first_s) / (session.made - 1)
-        back = self.client_way[self.world.sites[request.client]][session.peers[-1]]
-        ttft_s = session.first_s + back - request.arrive_s
-        self.end(request, tpot_s, ttft_s, len(session.peers), session.refusals, accepted=True)
-
-    def end(
-        self,
-        request: Request,
-        tpot_s: float,
-        ttft_s: float,
-        stages: int,
-        refusals: int,
-        *,
-        accepted: bool,
-    ) -> None:
-        self.over += 1
-        if request.measured:
-            self.outcomes.append(Outcome(request, tpot_s, ttft_s, stages, refusals, accepted))

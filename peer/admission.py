@@ -13,7 +13,8 @@ round trip to the farthest stage before its prompt may go; and the lease's own t
 Asking again (a longer lease, another route) does not prolong a reservation: a client that only
 ever asks holds nothing for longer than the rest of us would wait.
 
-Every answer tells the stage's load, so that a client which was refused knows more than before.
+Every answer tells the stage's load, with the sessions that it does not show yet
+(`peer/promises.py`), so that a client which was refused knows more than before.
 """
 
 from __future__ import annotations
@@ -25,15 +26,20 @@ from typing import Protocol
 from hexswarm.errors import RemoteProtocolError, SessionClosed, UsageError
 from hexswarm.messages import Open, Opened, Refuse
 from hexswarm.peer.cache import KvFull
+from hexswarm.peer.load import WINDOW_S
+from hexswarm.peer.promises import Promises
 from hexswarm.peer.sessions import StageSession
 from hexswarm.peer.steps import SessionKey
-from hexswarm.records import Load, PeerId, Span
+from hexswarm.records import Load, PeerId, Span, Speed
 
 MAX_SESSIONS_PER_CLIENT = 256
 
 RESERVE_S = 10.0
 """As long as a link may take to come about (`links.HELLO_S`): by then a client has heard from the
 slowest of the stages that it opened together, whether that granted or not."""
+
+AGAIN_S = WINDOW_S
+"""When to ask again after a promise was refused: the load is another then."""
 
 
 class Ledger(Protocol):
@@ -44,6 +50,7 @@ class Ledger(Protocol):
     def close(self, session: SessionKey) -> bool: ...
     def expire(self) -> list[SessionKey]: ...
     def load_now(self) -> Load: ...
+    def speed_now(self) -> Speed | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +77,7 @@ class Admission:
         self._ledger = ledger
         self._reserved: dict[SessionKey, float] = {}
         """When each reservation ends; in that order, since all last equally long."""
+        self._promises = Promises(hosted.layers)
 
     @property
     def due_s(self) -> float:
@@ -83,9 +91,15 @@ class Admission:
 
         `held` is the session if it is open already, `sessions` how many the client has here.
         """
-        refusal = self._why_not(client, message, held, sessions) or self._lease(message, held)
+        longer = held is not None and held.epoch == message.epoch
+        refusal = self._why_not(client, message, held, sessions)
+        if refusal is None and not longer:
+            refusal = self._breach(message, now)
+        refusal = refusal or self._lease(message, held)
         if refusal is not None:
-            return self.refuse(message.session, message.epoch, refusal)
+            return self.refuse(message, refusal, now)
+        if not longer:  # a longer lease keeps what was promised
+            self._promises.hold(*self._asked(message), now)
         if held is None:
             self._reserved[message.session] = now + RESERVE_S
         return None
@@ -97,6 +111,7 @@ class Admission:
     def end(self, session: SessionKey) -> None:
         """Free what the session holds."""
         self._reserved.pop(session, None)
+        self._promises.release(session)
         self._ledger.close(session)
 
     def overdue(self, now: float) -> list[SessionKey]:
@@ -108,14 +123,22 @@ class Admission:
             late.append(session)
         return late
 
-    def grant(self, message: Open) -> Opened:
-        load = self._ledger.load_now()
+    def grant(self, message: Open, now: float) -> Opened:
+        load = self._load(message, now)
         return Opened(message.session, message.epoch, message.kv_tokens, *_fields(load))
 
-    def refuse(self, session: SessionKey, epoch: int, refusal: Refusal) -> Refuse:
+    def refuse(self, message: Open, refusal: Refusal, now: float) -> Refuse:
         code, reason, retry_s = refusal
-        load = self._ledger.load_now()
-        return Refuse(session, epoch, code, reason, retry_s, *_fields(load))
+        load = self._load(message, now)
+        return Refuse(message.session, message.epoch, code, reason, retry_s, *_fields(load))
+
+    def _load(self, message: Open, now: float) -> Load:
+        """What there is beside the session, as far as is known."""
+        layers = message.end - message.first
+        load, speed = self._ledger.load_now(), self._ledger.speed_now()
+        if speed is None:
+            return load
+        return self._promises.foreseen(speed, load, layers, now, without=message.session)
 
     def _why_not(
         self, client: PeerId, message: Open, held: StageSession | None, sessions: int
@@ -134,6 +157,19 @@ class Admission:
         if held is None and sessions >= MAX_SESSIONS_PER_CLIENT:
             return "full", f"{MAX_SESSIONS_PER_CLIENT} sessions are open for you", 5.0
         return None
+
+    def _asked(self, message: Open) -> tuple[SessionKey, int, bool, float]:
+        """What is to be promised: to whom, for how many layers, with the head, and the seconds."""
+        tail = message.end == self._hosted.layers
+        return message.session, message.end - message.first, tail, message.step_s
+
+    def _breach(self, message: Open, now: float) -> Refusal | None:
+        """A peer that does not know its own speed promises nothing, and judges nobody."""
+        speed = self._ledger.speed_now()
+        if speed is None:
+            return ("slow", "nothing can be promised here", 0.0) if message.step_s else None
+        breach = self._promises.judge(*self._asked(message), speed, self._ledger.load_now(), now)
+        return None if breach is None else (breach.code, breach.reason, AGAIN_S)
 
     def _lease(self, message: Open, held: StageSession | None) -> Refusal | None:
         take = self._ledger.open if held is None else self._ledger.extend

@@ -97,4 +97,4 @@ class PeerServer:
             await self.links.connect(dial.peer, dial.addresses)
             self.links.ping(dial.peer)  # a trace will tell how long this way is
             ok = True
-        self.carry_out(self.table.dialled(dial.session, dial.epoch, ok))
+        self.carry_out(self.table.dialled(dial.session, dial.epoch, ok, self._clock.monotonic()))

@@ -118,9 +118,11 @@ class StageTable:
         refuse = self._admission.admit(client, message, session, mine, now)
         if refuse is not None:
             return [Send(client, refuse)]
-        return self._wire(client, message, session)
+        return self._wire(client, message, session, now)
 
-    def _wire(self, client: PeerId, message: Open, held: StageSession | None) -> list[Action]:
+    def _wire(
+        self, client: PeerId, message: Open, held: StageSession | None, now: float
+    ) -> list[Action]:
         me, actions = self._hosted.peer, list[Action]()
         session = StageSession(
             opened=message,
@@ -141,21 +143,21 @@ class StageTable:
         actions += [Watch(peer) for peer in session.watched(me)]
         successor = session.successor
         if successor in (None, me):
-            return [*actions, Send(client, self._admission.grant(message))]
+            return [*actions, Send(client, self._admission.grant(message, now))]
         assert successor is not None
         dial = Dial(message.session, message.epoch, successor, message.successor_addresses)
         return [*actions, dial]
 
-    def dialled(self, key: SessionKey, epoch: int, ok: bool) -> list[Action]:
+    def dialled(self, key: SessionKey, epoch: int, ok: bool, now: float) -> list[Action]:
         """The way to the successor is open, or cannot be opened."""
         session = self._sessions.get(key)
         if session is None or session.epoch != epoch:
             return []
         if ok:
-            return [Send(session.client, self._admission.grant(session.opened))]
+            return [Send(session.client, self._admission.grant(session.opened, now))]
         reason = f"cannot reach the next peer {session.opened.successor[-8:]}"
         ended = self._end(session)
-        refuse = self._admission.refuse(key, epoch, ("unreachable", reason, 0.0))
+        refuse = self._admission.refuse(session.opened, ("unreachable", reason, 0.0), now)
         return [Send(session.client, refuse), *ended]
 
     # --- input --------------------------------------------------------------------------------
@@ -285,7 +287,7 @@ class StageTable:
             return []
         successor = session.successor
         known_s = 0.0 if successor == self._hosted.peer else UNMEASURED_S
-        told = session.account.told(session.key, session.epoch, known_s)
+        told = session.account.told(message, known_s)
         if successor in (None, self._hosted.peer):
             return [Send(peer, told)]
         assert successor is not None

@@ -21,8 +21,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hexswarm.messages import Traced
-from hexswarm.peer.steps import Result, SessionKey
+from hexswarm.messages import Trace, Traced
+from hexswarm.peer.steps import Result
 
 UNMEASURED_S = -1.0
 """In place of a round trip that nobody has measured."""
@@ -59,11 +59,11 @@ class Account:
         self.handle_s += max(0.0, now - self.arrived_s - result.wait_s - result.compute_s)
         return True
 
-    def told(self, session: SessionKey, epoch: int, successor_rtt_s: float) -> Traced:
+    def told(self, asked: Trace, successor_rtt_s: float) -> Traced:
         """The sums as they are sent."""
         return Traced(
-            session=session,
-            epoch=epoch,
+            session=asked.session,
+            epoch=asked.epoch,
             steps=self.steps,
             wait_s=self.wait_s,
             compute_s=self.compute_s,
@@ -72,4 +72,5 @@ class Account:
             prompt_compute_s=self.prompt_compute_s,
             rows=self.rows / self.steps if self.steps else 0.0,
             successor_rtt_s=successor_rtt_s,
+            nonce=asked.nonce,
         )

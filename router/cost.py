@@ -258,19 +258,58 @@ class Element:
     """Framing, and putting the activations on the line."""
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What a snapshot knows of one route, looked up once."""
+
+    items: tuple[Announcement, ...]
+    ways: tuple[Link, ...]
+    """From each stage to the next, from the tail to the head; none in a ring of one stage."""
+    linked: tuple[bool, ...]
+    """Whether the two ends of each of these ways keep a link."""
+    clients: tuple[Link, ...]
+    """Between the client and each stage."""
+    unmeasured: tuple[tuple[PeerId, PeerId], ...]
+
+
+def look_up(snapshot: Snapshot, request: RouteRequest, stages: Sequence[Stage]) -> Known:
+    """Raises UsageError for a peer that announces nothing."""
+    peers = [stage.peer for stage in stages]
+    pairs = list(zip(peers, [*peers[1:], peers[0]], strict=True)) if len(peers) > 1 else []
+    asked = [] if request.client is None else [(request.client, peer) for peer in peers]
+    ways = [snapshot.known_link(*pair) for pair in pairs]
+    clients = [snapshot.known_link(*pair) for pair in asked]
+    return Known(
+        tuple(snapshot.announcement(request.model, peer) for peer in peers),
+        tuple(link for link, _ in ways),
+        tuple(snapshot.linked(*pair) for pair in pairs),
+        tuple(link for link, _ in clients) or (Link(0.0),) * len(peers),
+        tuple(
+            pair
+            for pair, (_, origin) in zip((*pairs, *asked), (*ways, *clients), strict=True)
+            if origin == "unmeasured"
+        ),
+    )
+
+
 def elements(
     snapshot: Snapshot, request: RouteRequest, stages: Sequence[Stage], late: float = 0.0
 ) -> list[Element]:
     """Where the time of one token goes; all fields of all elements add up to the time per token."""
+    return _elements(look_up(snapshot, request, stages), request, stages, late)
+
+
+def _elements(
+    known: Known, request: RouteRequest, stages: Sequence[Stage], late: float
+) -> list[Element]:
     found = []
-    for index, stage in enumerate(stages):
-        item = snapshot.announcement(request.model, stage.peer)
+    for index, (stage, item) in enumerate(zip(stages, known.items, strict=True)):
         tail = index + 1 == len(stages)
         decode = item.speed.decode_layer_s + item.rows * item.speed.row_layer_s
         compute = len(stage.span) * decode + (item.speed.head_s if tail else 0.0)
         link_s = serialise_s = 0.0
-        if len(stages) > 1:
-            link = snapshot.link(stage.peer, stages[(index + 1) % len(stages)].peer)
+        if known.ways:
+            link = known.ways[index]
             link_s = link.one_way_s + link.jitter_s * late
             serialise_s = HOP_S + (0.0 if tail else request.hidden_bytes / link.bytes_per_s)
         queue_s = _wait(item.queue_s, late)
@@ -282,15 +321,18 @@ def predict(
     snapshot: Snapshot, request: RouteRequest, stages: Sequence[Stage], percentile: float = 50.0
 ) -> Times:
     """The times of a route at a percentile. Raises UsageError for a peer that announces nothing."""
-    late = lateness(percentile)
+    return times(look_up(snapshot, request, stages), request, stages, lateness(percentile))
+
+
+def times(known: Known, request: RouteRequest, stages: Sequence[Stage], late: float) -> Times:
+    """`predict` from what is known already."""
     count, tokens = chunks(request)
     size = tokens * request.hidden_bytes
-    per_token = elements(snapshot, request, stages, late)
+    per_token = _elements(known, request, stages, late)
     tpot_s = sum(e.compute_s + e.queue_s + e.link_s + e.serialise_s for e in per_token)
     opening = first = slowest = 0.0
-    for index, stage in enumerate(stages):
-        item = snapshot.announcement(request.model, stage.peer)
-        client = _client_link(snapshot, request, stage)
+    for index, (stage, item) in enumerate(zip(stages, known.items, strict=True)):
+        client = known.clients[index]
         cold = stage.peer not in request.warm
         asked = _opening(client.rtt_s, client.jitter_s, cold, late)
         opening = max(opening, asked)
@@ -298,36 +340,43 @@ def predict(
         first += _wait(item.queue_s, late) + compute
         slowest = max(slowest, compute)
         if index + 1 < len(stages):
-            after = stages[index + 1]
-            link = snapshot.link(stage.peer, after.peer)
+            link = known.ways[index]
             first += _way(link.rtt_s, link.jitter_s, late) + size / link.bytes_per_s
             slowest = max(slowest, size / link.bytes_per_s)
-            dial = not snapshot.linked(stage.peer, after.peer)
-            onward = _opening(link.rtt_s, link.jitter_s, dial, late)
+            onward = _opening(link.rtt_s, link.jitter_s, not known.linked[index], late)
             opening = max(opening, asked + onward)
-    tail = snapshot.announcement(request.model, stages[-1].peer)
-    first += _work(tail.speed.head_s, late)
-    for end in (stages[0], stages[-1]):
-        client = _client_link(snapshot, request, end)
+    first += _work(known.items[-1].speed.head_s, late)
+    for client in (known.clients[0], known.clients[-1]):
         first += _way(client.rtt_s, client.jitter_s, late)
     return Times(opening + first + (count - 1) * slowest, tpot_s, opening)
 
 
-def price(snapshot: Snapshot, request: RouteRequest, stages: Sequence[Stage]) -> float:
-    """The route's price, in layers of an idle peer."""
-    total = 0.0
-    for stage in stages:
-        item = snapshot.announcement(request.model, stage.peer)
-        total += (len(stage.span) + 1) * peer_price(item)
-    return total
+def budgets(
+    snapshot: Snapshot, request: RouteRequest, stages: Sequence[Stage]
+) -> tuple[float, ...]:
+    """For each stage the seconds that a step may take there, so that all keep the limit together.
+
+    What the limit leaves after the ways is shared out in proportion to what is predicted, which is
+    the least that a stage is given. Zeros without a limit on the time per token.
+    """
+    if request.tpot_s is None:
+        return (0.0,) * len(stages)
+    parts = elements(snapshot, request, stages, lateness(request.percentile))
+    stays = [part.compute_s + part.queue_s for part in parts]
+    left = request.tpot_s - sum(part.link_s + part.serialise_s for part in parts)
+    total = sum(stays)
+    if total <= 0:  # nobody tells what a step takes: equal shares
+        return (max(left, 0.0) / len(stages),) * len(stages)
+    return tuple(stay * max(1.0, left / total) for stay in stays)
+
+
+def price(stages: Sequence[Stage], items: Sequence[Announcement]) -> float:
+    """Of a route over these peers, in layers of an idle peer."""
+    pairs = zip(stages, items, strict=True)
+    return sum((len(stage.span) + 1) * peer_price(item) for stage, item in pairs)
 
 
 def peer_price(item: Announcement) -> float:
-    """Price of one layer at a peer."""
-    return float(price_per_layer(item.busy, item.free_kv_tokens, item.kv_tokens))
-
-
-def _client_link(snapshot: Snapshot, request: RouteRequest, stage: Stage) -> Link:
-    if request.client is None:
-        return Link(0.0)
-    return snapshot.link(request.client, stage.peer)
+    """Price of one layer at a peer: `price_per_layer` without arrays."""
+    used = 1 - min(item.free_kv_tokens / item.kv_tokens, 1.0) if item.kv_tokens else 0.0
+    return 1 / ((1 - min(item.busy, BUSIEST)) * (1 - min(used, BUSIEST)))

@@ -72,7 +72,9 @@ class _Census(ctypes.Structure):
         ("peers", ctypes.c_int64),
         ("layers", ctypes.c_int64),
         ("regions", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("first", "end", "region", *_CENSUS, "score")),
+        *((name, ctypes.c_void_p) for name in ("first", "end", "region", *_CENSUS, "homes")),
+        ("anywhere", ctypes.c_int64),
+        ("score", ctypes.c_void_p),
     )
 
 
@@ -176,13 +178,20 @@ def select(census: Census) -> NDArray[np.float64]:
 
     def address(array: Any, dtype: Any) -> Any:
         exact = np.ascontiguousarray(array, dtype)
-        if exact.shape not in ((count,), (regions, regions)):
+        if exact.shape not in ((count,), (regions,), (regions, regions)):
             raise ValueError(f"an array of shape {exact.shape}")
         kept.append(exact)
         return exact.ctypes.data
 
     score = np.empty(count)
-    asked = _Census(peers=count, layers=census.layers, regions=regions, score=score.ctypes.data)
+    asked = _Census(
+        peers=count,
+        layers=census.layers,
+        regions=regions,
+        homes=address(census.homes, np.bool_),
+        anywhere=census.anywhere,
+        score=score.ctypes.data,
+    )
     for name in ("first", "end", "region"):
         setattr(asked, name, address(getattr(census, name), np.int32))
     for name in _CENSUS:

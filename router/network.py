@@ -183,8 +183,16 @@ class Snapshot:
         """
         columns = self.columns(model)
         rtt_s, jitter_s, known = self._client_estimates(client, columns, rows)
-        for index, row in enumerate(rows if client is not None else ()):
-            better = self._measured_or_announced(PeerId(client or ""), columns.peers[row])
+        if client is None:
+            return rtt_s, jitter_s, known
+        if client in self._tables.peers:
+            asked: Iterable[int] = range(len(rows))
+        else:  # nobody announces ways to those who are no peers: what it measured is all
+            ends = {a if b == client else b for a, b in self.links if client in (a, b)}
+            held = [columns.index[peer] for peer in ends if peer in columns.index]
+            asked = np.flatnonzero(np.isin(rows, held)).tolist()
+        for index in asked:
+            better = self._measured_or_announced(client, columns.peers[rows[index]])
             if better is not None:
                 rtt_s[index], jitter_s[index] = better
                 known[index] = True
@@ -227,11 +235,16 @@ class Snapshot:
         return rtt_s, max(JITTER * rtt_s / 2, vivaldi.spread_s(here, there)), "estimated"
 
     def _announced_s(self, a: PeerId, b: PeerId) -> float | None:
-        """The round trip that either end tells, the longer of two; None if neither does."""
+        """The round trip that either end tells, the longer of two; None if neither does.
+
+        Ways are announced between peers: what a peer tells of somebody who is none is not heard.
+        """
         longest_s = -1.0
+        said = self._tables.peers
+        if a not in said or b not in said:
+            return None
         for one, other in ((a, b), (b, a)):
-            word = self._tables.peers.get(one)
-            for peer, rtt_s in word.neighbours if word else ():
+            for peer, rtt_s in said[one].neighbours:
                 if peer == other and longest_s < rtt_s < math.inf:
                     longest_s = rtt_s
         return longest_s if longest_s >= 0 else None
@@ -310,6 +323,18 @@ class Snapshot:
         found = {words.row_of(items, peer): load for peer, load in loads.items()}
         changed = {row: items[row].with_load(found[row]) for row in found if row is not None}
         return self._replaced(model, changed, now) if changed else replace(self, taken_s=now)
+
+    def with_links(
+        self, links: Mapping[Pair, Link], coordinates: Coordinates | None, now: float
+    ) -> Snapshot:
+        """With other ways measured by the client, and where it is now; the peers are as they were.
+
+        All tables are shared but those of the ways.
+        """
+        derived = replace(self._tables, ways={})
+        return replace(
+            self, links=_each_way(links), coordinates=coordinates, taken_s=now, _tables=derived
+        )
 
     def without(self, model: str, peer: PeerId, now: float) -> Snapshot:
         """Without what `peer` says of `model`."""
@@ -414,13 +439,17 @@ def snapshot(
 
     `links` are the client's own measurements, the client's id being one end of most of them.
     """
+    return Snapshot(words.latest(announcements), _each_way(links), now, client, coordinates)
+
+
+def _each_way(links: Mapping[Pair, Link]) -> Mapping[Pair, Link]:
+    """One figure for each way, whose ends stand in alphabetical order."""
     measured: dict[Pair, Link] = {}
     for (a, b), link in links.items():
         pair = _pair(a, b)
         held = measured.get(pair)
         measured[pair] = _worse(link, held) if held else link
-    told = words.latest(announcements)
-    return Snapshot(told, MappingProxyType(measured), now, client, coordinates)
+    return MappingProxyType(measured)
 
 
 def _worse(link: Link, other: Link) -> Link:

@@ -7,14 +7,23 @@ search is exact (`search.py`); in swarms of more than `EXACT_PEERS` it runs over
 candidates (`select.py`). Stages may use less than their peers hold.
 
 *No herd.* Clients decide on views that are seconds old, so all would take the same best route, and
-then all leave it. Three remedies, each of which costs at most the request's `spread`:
+then all leave it. Remedies for a request with a `spread` (their gains: benchmarks/herd.py):
 
 - *previous*: a client stays on its route of the last request unless another is better by more than
-  `HYSTERESIS`;
+  `HYSTERESIS`. Hardly changes the times; it stays for the links, which are warm there;
 - *perturbed costs*: the cost of each peer is raised by a random share of at most `spread`, so that
   near-equal routes are drawn at random (follow the perturbed leader, Kalai and Vempala 2005). The
   route found costs at most 1 + spread of the best; limits are kept on true times;
-- *power of two choices* (Mitzenmacher 2001): of two such draws the less busy is taken.
+- *a random half*: with other clients about, a tenth is not enough: whatever a stale view says to be
+  idle is overrun. So the busier the swarm, the more peers each request tries to avoid, up to
+  `MOST_AVOIDED` of them drawn by lot: they count as dearer by `AVOID`. Then no more than half of
+  the clients come to one peer, and a lone user of an idle swarm keeps the best route;
+- *power of two choices* (Mitzenmacher 2001): of two such draws the less busy is taken, unless it
+  costs more than `TWICE` the other.
+
+Rejected by the same benchmark: avoiding each peer by its own load (the herd runs to where the view
+says idle), loads faded towards the mean as they age (slower), the half as a hard rule (no better,
+and in a swarm of few fast and many slow peers a quarter of the requests would crawl).
 
 Spares are the best routes that share the fewest peers with those before them.
 """
@@ -37,6 +46,8 @@ from hexswarm.router import cost
 from hexswarm.router.candidates import check, usable
 from hexswarm.router.network import Snapshot
 from hexswarm.router.search import (
+    GOOD,
+    QUICK,
     Nothing,
     Problem,
     Ring,
@@ -55,6 +66,22 @@ SPARES = 2
 HYSTERESIS = 0.1
 """Relative gain for which a client leaves the route of its last request. Smaller differences are
 within the error of the predictions (benchmarks/wan.py)."""
+
+DRAWS = 2
+"""Power of two choices; a third gains next to nothing."""
+
+MOST_AVOIDED = 0.5
+"""Share of the peers that a request tries to avoid in a busy swarm."""
+
+AVOIDED_PER_BUSY = 5.0
+"""That share over the mean of `busy`: a half from a tenth on, which is a swarm at a fourth of its
+capacity."""
+
+AVOID = 4.0
+"""How much dearer avoided peers count, relative to their cost. At 2 the herd is half back."""
+
+TWICE = 2.0
+"""Beyond this a less busy route is a slower one: no swarm of like peers differs as much."""
 
 SHARED_COST = 1e9
 """Cost that a spare route pays for each peer that an earlier route uses: beyond any real one, so
@@ -156,11 +183,15 @@ def _choose(
             return held
         if request.spread <= 0:
             return best
-    draws = [_found(solver.solve(_perturbed(problem, request.spread, rng))) for _ in range(2)]
+    avoided = _avoided(snapshot, request, rows, problem)
+    changed = [_perturbed(problem, request.spread, avoided, rng) for _ in range(DRAWS)]
+    draws = [_found(solver.solve(variant, GOOD)) for variant in changed]
     found = [evaluate(problem, draw.peers, draw.ends) for draw in draws if draw is not None]
     if not found:
         return None
-    return min(found, key=lambda ring: (_load(snapshot, request, rows, ring), ring.peers))
+    most = TWICE * min(cost_of(problem, ring) for ring in found)
+    fair = [ring for ring in found if cost_of(problem, ring) <= most]
+    return min(fair, key=lambda ring: (_load(snapshot, request, rows, ring), ring.peers))
 
 
 def _found(answer: Ring | Nothing) -> Ring | None:
@@ -189,10 +220,20 @@ def _held(snapshot: Snapshot, request: RouteRequest, rows: Rows, problem: Proble
     return ring if within(problem, ring) else None
 
 
-def _perturbed(problem: Problem, spread: float, rng: random.Random) -> Problem:
-    """The same with the cost of each peer raised by a random share of at most `spread`."""
+def _avoided(snapshot: Snapshot, request: RouteRequest, rows: Rows, problem: Problem) -> float:
+    """Probability with which a request tries to avoid a peer: grows with the load of them all."""
+    usable_ = rows[problem.first < problem.end]
+    busy = float(snapshot.columns(request.model).busy[usable_].mean())
+    return min(MOST_AVOIDED, AVOIDED_PER_BUSY * busy)
+
+
+def _perturbed(problem: Problem, spread: float, avoided: float, rng: random.Random) -> Problem:
+    """The same with the cost of each peer raised by a random share of at most `spread`, and by
+    `AVOID` with the probability `avoided`."""
     random_ = np.random.default_rng(rng.getrandbits(64))
-    return _dearer(problem, spread * random_.random(len(problem.first)), 0.0)
+    count = len(problem.first)
+    share = spread * random_.random(count) + AVOID * (random_.random(count) < avoided)
+    return _dearer(problem, share, 0.0)
 
 
 def _spare(solver: Solver, rings: Sequence[Ring]) -> Ring | None:
@@ -206,7 +247,7 @@ def _spare(solver: Solver, rings: Sequence[Ring]) -> Ring | None:
     for ring in rings:
         uses[list(ring.peers)] += 1
     apart = _dearer(problem, 0.0, SHARED_COST * uses)
-    found = _found(solver.solve(apart))
+    found = _found(solver.solve(apart, QUICK))
     if found is None or _outlives(found, rings):
         return found and evaluate(problem, found.peers, found.ends)
     best: Ring | None = None
@@ -265,27 +306,18 @@ def _route(snapshot: Snapshot, request: RouteRequest, rows: Rows, ring: Ring) ->
 
 def predicted(snapshot: Snapshot, request: RouteRequest, stages: Sequence[Stage]) -> Route:
     """`stages` as a route with its predicted times, its price, and what has to be measured."""
-    median = cost.predict(snapshot, request, stages)
-    late = cost.predict(snapshot, request, stages, 95.0)
+    known = cost.look_up(snapshot, request, stages)
+    median = cost.times(known, request, stages, 0.0)
+    late = cost.times(known, request, stages, 1.0)
     return Route(
         tuple(stages),
         ttft_s=median.ttft_s,
         tpot_s=median.tpot_s,
         ttft_p95_s=late.ttft_s,
         tpot_p95_s=late.tpot_s,
-        price=cost.price(snapshot, request, stages),
-        unmeasured=_unmeasured(snapshot, request, stages),
+        price=cost.price(stages, known.items),
+        unmeasured=known.unmeasured,
     )
-
-
-def _unmeasured(
-    snapshot: Snapshot, request: RouteRequest, stages: Sequence[Stage]
-) -> tuple[tuple[PeerId, PeerId], ...]:
-    peers = [stage.peer for stage in stages]
-    pairs = list(zip(peers, [*peers[1:], peers[0]], strict=True)) if len(peers) > 1 else []
-    if request.client is not None:
-        pairs += [(request.client, peer) for peer in peers]
-    return tuple(pair for pair in pairs if snapshot.known_link(*pair)[1] == "unmeasured")
 
 
 def _too_slow(solver: Solver, request: RouteRequest) -> NoRoute:

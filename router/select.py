@@ -17,7 +17,7 @@ label a (layer, peer) with neighbours only (a swarm whose neighbour lists are st
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,8 +32,12 @@ EXACT_PEERS = 256
 CANDIDATES = 160
 """So many are left of more."""
 
-MIXTURES = (0.3, 1.0, 3.0)
+MIXTURES = (0.5, 2.0)
 """Weights of a limited time against price, both in units of their least values."""
+
+HOMES = 4
+"""Regions in which heads are looked for, if closing a ring costs: those whose peers lie on the best
+rings that need no closing."""
 
 Floats = NDArray[np.float64]
 Rows = NDArray[np.intp]
@@ -61,6 +65,10 @@ class Census:
     close_in: Floats
     between: Floats
     close_between: Floats
+    homes: NDArray[np.bool_]
+    """Regions in which a head may be."""
+    anywhere: bool = False
+    """The head is where it is, and closing the ring costs nothing."""
 
 
 def select(snapshot: Snapshot, request: RouteRequest, rows: Rows) -> Rows:
@@ -68,16 +76,29 @@ def select(snapshot: Snapshot, request: RouteRequest, rows: Rows) -> Rows:
     of = _Parts(snapshot, request, rows)
     if request.ttft_s is None and request.tpot_s is None:
         later = max(request.new_tokens - 1, 0)
-        return _best(rows, [through(of.census(0.0, later, 1.0))])
-    price = through(of.census(1.0, 0.0, 0.0))
+        return _best(rows, [_rings(of.census(0.0, later, 1.0))])
+    price = _rings(of.census(1.0, 0.0, 0.0))
     scores, low = [price], _least(price)
     for weights in _limited(request):
-        time = through(of.census(0.0, *weights))
+        time = _rings(of.census(0.0, *weights))
         scores.append(time)
         for mixture in MIXTURES:
             share = mixture * low / max(_least(time), 1e-9)
-            scores.append(through(of.census(1.0, weights[0] * share, weights[1] * share)))
+            scores.append(_rings(of.census(1.0, weights[0] * share, weights[1] * share)))
     return _best(rows, scores)
+
+
+def _rings(census: Census) -> Floats:
+    """Least cost of a ring through each peer, with heads in the `HOMES` that promise most."""
+    lines = through(replace(census, anywhere=True))
+    if census.anywhere:
+        return lines
+    heads = np.flatnonzero(census.first == 0)
+    best = np.full(len(census.between), np.inf)
+    np.minimum.at(best, census.region[heads], lines[heads])
+    homes = np.zeros(len(best), dtype=np.bool_)
+    homes[np.argsort(best, kind="stable")[:HOMES]] = True
+    return through(replace(census, homes=homes))
 
 
 def _limited(request: RouteRequest) -> list[tuple[float, float]]:
@@ -99,7 +120,7 @@ def _best(rows: Rows, scores: list[Floats]) -> Rows:
     share = -(-CANDIDATES // len(scores))
     chosen: set[int] = set()
     for score in scores:
-        order = np.argsort(score, kind="stable")[:share]
+        order = np.argpartition(score, share)[:share] if share < len(score) else range(len(score))
         chosen.update(int(at) for at in order if np.isfinite(score[at]))
     return rows[sorted(chosen)]
 
@@ -148,6 +169,8 @@ class _Parts:
             close_in=wt * self.access,
             between=(wt + wa) * self.one_way,
             close_between=wt * self.one_way,
+            homes=np.ones(len(self.one_way), dtype=np.bool_),
+            anywhere=wt == 0,
         )
 
 
@@ -165,36 +188,45 @@ def through_python(c: Census) -> Floats:
     whole = (c.first == 0) & (c.end == c.layers)
     alone = c.begin + c.enter + c.layers * c.layer + c.finish
     score[whole] = alone[whole]
-    for home in np.unique(c.region[holders[0]]):
-        forward = _forward(c, holders, int(home))
+    homes = [-1] if c.anywhere else np.unique(c.region[holders[0]]).tolist()
+    for home in homes:
+        if home >= 0 and not c.homes[home]:
+            continue
+        forward = _forward(c, holders, home)
         rest = np.full(len(c.first), np.inf)
         for layer in range(c.layers - 1, -1, -1):
+            rest = _backward(c, holders, home, layer, rest)
             here = holders[layer]
-            now = np.full(len(c.first), np.inf)
-            if layer == c.layers - 1:
-                now[here] = (
-                    c.finish[here] + c.close_out[here] + c.close_between[c.region[here], home]
-                )
-            else:
-                after = holders[layer + 1]
-                best = np.full(len(c.between), np.inf)
-                entered = c.in_[after] + c.enter[after] + c.layer[after] + rest[after]
-                np.minimum.at(best, c.region[after], entered)
-                gate = (c.between + best[None, :]).min(axis=1)
-                stay = np.where(c.end[here] > layer + 1, c.layer[here] + rest[here], np.inf)
-                now[here] = np.minimum(gate[c.region[here]] + c.out[here], stay)
-            rest = now
             score[here] = np.minimum(score[here], rest[here] + forward[layer][here])
     return score
 
 
+def _backward(
+    c: Census, holders: list[NDArray[np.intp]], home: int, layer: int, rest: Floats
+) -> Floats:
+    """For each peer the least rest of a ring once it has computed `layer`."""
+    here, now = holders[layer], np.full(len(c.first), np.inf)
+    if layer == c.layers - 1:
+        closing = 0.0 if home < 0 else c.close_between[c.region[here], home]
+        now[here] = c.finish[here] + c.close_out[here] + closing
+        return now
+    after = holders[layer + 1]
+    best = np.full(len(c.between), np.inf)
+    entered = c.in_[after] + c.enter[after] + c.layer[after] + rest[after]
+    np.minimum.at(best, c.region[after], entered)
+    gate = (c.between + best[None, :]).min(axis=1)
+    stay = np.where(c.end[here] > layer + 1, c.layer[here] + rest[here], np.inf)
+    now[here] = np.minimum(gate[c.region[here]] + c.out[here], stay)
+    return now
+
+
 def _forward(c: Census, holders: list[NDArray[np.intp]], home: int) -> list[Floats]:
-    """For each layer and peer the least cost of having computed it there, heads in `home`."""
+    """For each layer and peer the least cost of having computed it there."""
     found: list[Floats] = []
     for layer, here in enumerate(holders):
         now = np.full(len(c.first), np.inf)
         if layer == 0:
-            mine = here[c.region[here] == home]
+            mine = here if home < 0 else here[c.region[here] == home]
             now[mine] = c.begin[mine] + c.close_in[mine] + c.enter[mine]
         else:
             before = holders[layer - 1]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import statistics
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,8 +56,8 @@ class Completion:
     session: str = ""
     """Its name: `hexswarm why --trace NAME` tells where the time went."""
     tpot_s: float | None = None
-    """Median seconds per token as the ring gave them, however slowly they were taken; None if that
-    cannot be told: there were fewer than eight, or the caller was behind from first to last."""
+    """Median seconds per token as the ring gave them, however slowly they were taken; None if there
+    were fewer than eight, or all came in one read."""
     predicted: Budget | None = None
     """What the router had predicted, hop by hop."""
 
@@ -161,11 +162,10 @@ class Conversation:
         session.generate(turn)
         try:
             while not meter.finish:
-                waited = session.events.empty()
                 event = await client._next(session)
                 if not isinstance(event, Emit) or event.token is None:
                     continue
-                meter.token(event.token, clock.monotonic(), waited=waited)
+                meter.token(event.token, event.arrived_s, clock.monotonic())
                 meter.finish = event.finish
                 piece = "" if event.token in stops else text.push(event.token)
                 if text.stopped:
@@ -239,9 +239,8 @@ class Conversation:
 class Meter:
     """What came of one answer, and when.
 
-    A token that was waited for was seen as it arrived; one that lay in the queue came earlier,
-    while the caller was busy, or in one read with the token before. So the pace of the ring is
-    taken between tokens that were waited for, over the number of tokens that came meanwhile.
+    The caller's figures count from when a token was taken. The pace of the ring is that of their
+    arrival: the time between two reads of the network, over the tokens that the second brought.
     """
 
     def __init__(self, began_s: float) -> None:
@@ -250,20 +249,16 @@ class Meter:
         self.finish = ""
         self._began_s = began_s
         self._first_s = self._last_s = began_s
-        self._seen: tuple[int, float] | None = None
-        """The last token that was waited for: its number, and when it came."""
-        self._paces_s: list[float] = []
+        self._arrivals: dict[float, int] = {}
+        """How many tokens had come by each moment at which some came."""
 
-    def token(self, token: int, now: float, *, waited: bool = True) -> None:
+    def token(self, token: int, arrived_s: float, now: float) -> None:
+        """A token that arrived at `arrived_s` and is taken now."""
         if not self.ids:
             self._first_s = now
         self.ids.append(token)
         self._last_s = now
-        if waited:
-            if self._seen is not None:
-                number, seen_s = self._seen
-                self._paces_s.append((now - seen_s) / (len(self.ids) - number))
-            self._seen = len(self.ids), now
+        self._arrivals[arrived_s] = len(self.ids)
 
     @property
     def ttft_s(self) -> float:
@@ -271,10 +266,11 @@ class Meter:
 
     @property
     def tpot_s(self) -> float | None:
-        """Median seconds per token of the ring; None for short answers, or if none was waited for."""
-        if len(self.ids) < MIN_TOKENS or not self._paces_s:
+        """Median seconds per token of the ring; None if there were too few tokens or reads."""
+        if len(self.ids) < MIN_TOKENS or len(self._arrivals) < 2:
             return None
-        return statistics.median(self._paces_s)
+        reads = itertools.pairwise(self._arrivals.items())
+        return statistics.median((b_s - a_s) / (b - a) for (a_s, a), (b_s, b) in reads)
 
     @property
     def rate(self) -> float:

@@ -167,6 +167,9 @@ class Open(Message):
     successor: str = _wire(_peer)
     successor_addresses: tuple[str, ...] = _wire(_addresses)
     kv_tokens: int = _wire(_integer(1, MAX_TOKENS))
+    step_s: float = _wire(_amount, default=0.0)
+    """Most seconds that a decode step may take at this stage, wait included: the stage promises it
+    or refuses. 0 asks for no promise. A longer lease keeps what was promised."""
 
     @property
     def span(self) -> Span:
@@ -196,7 +199,11 @@ class Opened(Message):
 
 @dataclass(frozen=True, slots=True)
 class Refuse(Message):
-    """Stage to client: no session. `code`: full, draining, model, span, unreachable, invalid."""
+    """Stage to client: no session.
+
+    `code`: full, draining, model, span, unreachable, invalid, slow (the promise asked for cannot be
+    kept), busy (what others were promised could not be kept).
+    """
 
     KIND: ClassVar[int] = 5
     session: bytes = _wire(_session)
@@ -388,6 +395,7 @@ class Trace(Message):
     KIND: ClassVar[int] = 19
     session: bytes = _wire(_session)
     epoch: int = _wire(_small)
+    nonce: int = _wire(_integer(0, (1 << 63) - 1), default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -410,6 +418,8 @@ class Traced(Message):
     """Mean rows in the batches of the decode steps."""
     successor_rtt_s: float = _wire(_real)
     """Median round trip to the next stage; negative if it was not measured."""
+    nonce: int = _wire(_integer(0, (1 << 63) - 1), default=0)
+    """Of the `Trace` that this answers."""
 
 
 _KINDS: dict[int, type[Message]] = {

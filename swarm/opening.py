@@ -4,6 +4,12 @@ All stages are asked at once. Where one refuses or cannot be reached, the next r
 same breath: the first spare of the last choice that avoids every peer that said no, else a new
 choice without them. Spares were chosen within the request's limits and on the same view, so nothing
 is lost by taking them; one with unmeasured ways is passed over if there is a limit to keep.
+
+Under a limit on the time per token each stage is asked to promise its part of it
+(`router.cost.budgets`), and says *slow* if it cannot, or *busy* if it could not keep what it has
+promised to others. A refusal tells the stage's load. So before a request is given up those that
+said slow are asked once more: by what is known now, other stages may have time to spare for them.
+What remains is NoRoute, with the time per token that can be had.
 """
 
 from __future__ import annotations
@@ -13,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from hexswarm.clock import Clock
-from hexswarm.errors import NoRoute, PeerLost, Refused
+from hexswarm.errors import HexswarmError, NoRoute, PeerLost, Refused
 from hexswarm.membership import Membership
 from hexswarm.planning import Plan, Planner
 from hexswarm.records import PeerId, Route, RouteRequest
@@ -23,6 +29,35 @@ ATTEMPTS = 4
 """Routes that may refuse one session before the last refusal is the answer."""
 SEARCH_S = 20.0
 """So long dead peers, which the directory names for another minute or two, are passed over."""
+
+
+class _Said:
+    """What the peers that were asked for one session have said."""
+
+    def __init__(self) -> None:
+        self.avoid: set[PeerId] = set()
+        self.slow: set[PeerId] = set()
+        """Who would promise more time than was asked."""
+        self.last: Refused | PeerLost | None = None
+        self.refusals = 0
+        self.promises_refused = False
+        self._again = False
+
+    def no(self, error: Refused | PeerLost, session: OpenSession) -> None:
+        self.last = error
+        if isinstance(error, Refused):
+            self.refusals += 1
+            self.promises_refused |= error.code in ("slow", "busy")
+        self.avoid |= {PeerId(error.peer), *session.refusing}
+        self.slow |= session.machine.too_slow
+
+    def ask_again(self) -> bool:
+        """Let those be asked once more that said slow; False if there are none."""
+        if self._again or not self.slow:
+            return False
+        self._again = True
+        self.avoid -= self.slow
+        return True
 
 
 class Opener:
@@ -45,37 +80,50 @@ class Opener:
     ) -> tuple[OpenSession, Plan]:
         """A session for `request` and the plan that it follows.
 
-        Raises NoRoute, Refused or PeerLost: the last refusal, once others have been tried.
+        Raises NoRoute; Refused or PeerLost: the last refusal, once others have been tried.
         """
-        avoid: set[PeerId] = set()
-        plan: Plan | None = None
-        refusal: Refused | PeerLost | None = None
-        refusals, give_up_s = 0, self._clock.monotonic() + SEARCH_S
-        while refusals < ATTEMPTS and self._clock.monotonic() < give_up_s:
+        said, plan = _Said(), None
+        give_up_s = self._clock.monotonic() + SEARCH_S
+        while said.refusals < ATTEMPTS and self._clock.monotonic() < give_up_s:
             try:
-                plan = await self._next(request, plan, avoid)
+                plan = await self._next(request, plan, said.avoid)
             except NoRoute:
-                if refusal is not None:
-                    raise refusal from None
-                raise
+                if said.last is None:
+                    raise
+                if not said.ask_again():
+                    break
+                plan = None
+                continue
             session = self._runtime.open(
-                plan.route, request.model, request.kv_tokens, client_loop=client_loop
+                plan.route,
+                request.model,
+                request.kv_tokens,
+                client_loop=client_loop,
+                budgets=plan.promises(),
             )
             try:
                 await self._opened(session, connect_s)
             except (Refused, PeerLost) as error:
                 self._planner.answered(session)
-                refusal = error
-                refusals += isinstance(error, Refused)
-                avoid |= {PeerId(error.peer), *session.refusing}
-                self._planner.leave(avoid)
+                said.no(error, session)
+                self._planner.leave(said.avoid)
                 self.forget_lost(error)
             else:
                 self._planner.answered(session)
                 self._planner.use(plan.route)
                 return session, replace(plan, request=request)
-        assert refusal is not None
-        raise refusal
+        raise await self._reason(request, said)
+
+    async def _reason(self, request: RouteRequest, said: _Said) -> HexswarmError:
+        """The last refusal, or NoRoute if the limit was the reason of any."""
+        assert said.last is not None
+        if request.tpot_s is None or not said.promises_refused:
+            return said.last
+        without = request.deny | (said.avoid - said.slow)
+        quickest_s = await self._planner.quickest_s(replace(request, deny=without))
+        reason = not_promised(request, said.last, quickest_s)
+        reason.__cause__ = said.last
+        return reason
 
     async def _next(self, request: RouteRequest, last: Plan | None, avoid: set[PeerId]) -> Plan:
         """The plan to try: of the last one's spares, else a new one without those to avoid."""
@@ -111,6 +159,24 @@ class Opener:
         """A peer that was seen dead is not used again until it announces itself anew."""
         if isinstance(error, PeerLost):
             self._member.directory.forget(PeerId(error.peer))
+
+
+def not_promised(
+    request: RouteRequest, refusal: Refused | PeerLost, quickest_s: float | None
+) -> NoRoute:
+    """The limit is the reason why no route is left; `quickest_s` is the least that can be had."""
+    assert request.tpot_s is not None
+    cause = f"no route promises {request.tpot_s:g} s a token"
+    again_s = refusal.retry_s if isinstance(refusal, Refused) else 0.0
+    remedy = f"try again in {again_s:.0f} s" if again_s else "try again"
+    if quickest_s is None or quickest_s <= request.tpot_s:
+        return NoRoute(f"{cause}: {refusal.cause}", remedy=remedy, binding="tpot")
+    return NoRoute(
+        f"{cause}: under the load of now the fastest needs {quickest_s:.3g} s",
+        remedy=f"allow {quickest_s * 1.05:.2g} s a token, or {remedy}",
+        binding="tpot",
+        achievable={"tpot_s": quickest_s},
+    )
 
 
 def next_spare(request: RouteRequest, spares: Iterable[Route], avoid: set[PeerId]) -> Route | None:

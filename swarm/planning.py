@@ -29,6 +29,7 @@ from hexswarm.membership import Membership
 from hexswarm.options import Wishes
 from hexswarm.records import Coordinates, Link, ModelSpec, PeerId, Route, RouteRequest
 from hexswarm.router import vivaldi
+from hexswarm.router.cost import budgets
 from hexswarm.router.experience import Experience
 from hexswarm.router.explain import Budget, Explanation, budget, explain
 from hexswarm.router.network import Snapshot
@@ -47,6 +48,8 @@ JUST_ABOVE = 1.01
 SPREAD = 0.1
 """Routes within a tenth of the best are near-equal: announced loads are up to 30 s old and
 predictions err by about as much, so the choice between them is a matter of spreading the load."""
+NEVER_S = 1e-9
+"""A limit that nobody keeps."""
 PLACE_S = 1.0
 """Longest wait of a request for this client's coordinates."""
 PLACE_AGAIN_S = 60.0
@@ -68,6 +71,10 @@ class Plan:
     def budget(self) -> Budget:
         """Where the predicted time goes."""
         return budget(self.snapshot, self.request, self.route)
+
+    def promises(self) -> tuple[float, ...]:
+        """The seconds a step that each stage is asked to promise; 0 without a limit."""
+        return budgets(self.snapshot, self.request, self.route.stages)
 
 
 class Planner:
@@ -183,6 +190,15 @@ class Planner:
                 route = find_route(view, asked, self._clock.monotonic(), self._rng)
                 ways |= {*route.unmeasured}
         return ways
+
+    async def quickest_s(self, request: RouteRequest) -> float | None:
+        """The least time per token that can be had, at the request's percentile, as known now."""
+        asked = replace(without_habits(request), ttft_s=None, tpot_s=NEVER_S)
+        try:
+            await self._plan(asked)
+        except NoRoute as error:
+            return error.achievable.get("tpot_s")
+        return None
 
     async def explain(self, request: RouteRequest) -> tuple[Snapshot, Explanation]:
         """Why `plan` chooses as it does, or why it cannot; and the view it is said of."""

@@ -14,7 +14,8 @@ import asyncio
 import contextlib
 import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from hexswarm.clock import Clock, RealClock
 from hexswarm.errors import HexswarmError, PeerLost
@@ -139,10 +140,20 @@ class SessionRuntime:
         return len(self._sessions)
 
     def open(
-        self, route: Route, digest: str, kv_tokens: int, *, client_loop: bool = False
+        self,
+        route: Route,
+        digest: str,
+        kv_tokens: int,
+        *,
+        client_loop: bool = False,
+        budgets: Sequence[float] = (),
     ) -> OpenSession:
-        """Begin to open a session along `route`; await `ready()` on the result."""
-        machine = Session(os.urandom(16), route, digest, kv_tokens, client_loop=client_loop)
+        """Begin to open a session along `route`; await `ready()` on the result.
+
+        `budgets` are the seconds a step that each stage shall promise.
+        """
+        key = os.urandom(16)
+        machine = Session(key, route, digest, kv_tokens, client_loop=client_loop, budgets=budgets)
         session = OpenSession(self, machine)
         self._sessions[machine.key] = self._held[machine.key] = session
         for stage in route.stages:
@@ -201,7 +212,10 @@ class SessionRuntime:
                     task = asyncio.create_task(self._connect(session, instruction))
                     self._dials.add(task)
                     task.add_done_callback(self._dials.discard)
-                case Emit() | EmitLogits() | Ready() | Fail():
+                case Emit():
+                    arrived = replace(instruction, arrived_s=self._clock.monotonic())
+                    session.events.put_nowait(arrived)
+                case EmitLogits() | Ready() | Fail():
                     session.events.put_nowait(instruction)
                     if isinstance(instruction, Fail):
                         session._traced.set()

@@ -88,6 +88,8 @@ class Emit:
     token: int | None
     position: int
     finish: str
+    arrived_s: float = 0.0
+    """When it came (monotonic time), however late it is taken; set by whoever has a clock."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +132,16 @@ class Session:
     """The stages of one route, opened for one client."""
 
     def __init__(
-        self, key: bytes, route: Route, digest: str, kv_tokens: int, *, client_loop: bool = False
+        self,
+        key: bytes,
+        route: Route,
+        digest: str,
+        kv_tokens: int,
+        *,
+        client_loop: bool = False,
+        budgets: Sequence[float] = (),
     ) -> None:
+        """`budgets` are the seconds that each stage is asked to promise (none: no promises)."""
         self.key = key
         self.route = route
         self.kv_tokens = kv_tokens
@@ -145,10 +155,14 @@ class Session:
         self.failed: HexswarmError | None = None
         self.refusing: set[PeerId] = set()
         """Peers that refused the session or could not be reached for it, also after it failed."""
+        self.too_slow: set[PeerId] = set()
+        """Those of them that cannot promise what was asked, and would for a looser limit."""
         self.traced: dict[PeerId, Traced] = {}
         """What the stages have answered to the last `trace`."""
         self._digest = digest
         self._client_loop = client_loop
+        self._budgets = tuple(budgets) or (0.0,) * len(route.stages)
+        self._traces = 0
         self._granted: set[PeerId] = set()
         self._was_open = False
         self._expected_position = 0
@@ -227,9 +241,11 @@ class Session:
     def trace(self) -> list[Instruction]:
         """Ask all stages where the time of the last turn went."""
         self.traced = {}
+        self._traces += 1  # so that a late answer is not taken for one to this question
         if self.failed is not None:
             return []
-        return [Send(stage.peer, Trace(self.key, self.epoch)) for stage in self.route.stages]
+        question = Trace(self.key, self.epoch, self._traces)
+        return [Send(stage.peer, question) for stage in self.route.stages]
 
     def close(self) -> list[Instruction]:
         """Free everything at the stages."""
@@ -247,6 +263,8 @@ class Session:
             return []
         if isinstance(frame.message, Refuse) and frame.message.epoch == self.epoch:
             self.refusing.add(self._blocking(peer, frame.message).peer)
+            if frame.message.code == "slow":
+                self.too_slow.add(peer)
         if self.failed is not None:
             return []
         match frame.message:
@@ -260,7 +278,7 @@ class Session:
                 return self._on_logits(message, frame.payload)
             case Failed() as message if message.epoch == self.epoch:
                 return self._fail(self._blame(peer, message))
-            case Traced() as message if message.epoch == self.epoch:
+            case Traced() as message if (message.epoch, message.nonce) == self._asked:
                 self.traced[peer] = message
                 return [EmitTraces()] if len(self.traced) == len(self.route.stages) else []
             case GoAway():
@@ -282,6 +300,11 @@ class Session:
 
     def _stages(self) -> list[tuple[int, Stage]]:
         return list(enumerate(self.route.stages))
+
+    @property
+    def _asked(self) -> tuple[int, int]:
+        """Epoch and number of the last `trace`."""
+        return self.epoch, self._traces
 
     def _peers(self) -> set[PeerId]:
         return {stage.peer for stage in self.route.stages}
@@ -308,6 +331,7 @@ class Session:
             successor="" if ring_end else after.peer,
             successor_addresses=() if ring_end else after.addresses,
             kv_tokens=self.kv_tokens,
+            step_s=self._budgets[index],
         )
 
     def _policy(self, turn: Turn) -> Send:

@@ -155,17 +155,14 @@ class View:
         """The swarm as `client` sees it now; `ways` are the ways that it measured itself."""
         held, links = self._snapshot, self._links(client, ways)
         changed = self._changed()
-        if (
-            held is None
-            or len(changed) > MEND
-            or held.coordinates != coordinates
-            or not same_ways(held.links, links)
-        ):
+        if held is None or len(changed) > MEND:
             held = self._build(client, links, coordinates)
         else:
             for peer in changed:
                 held = self._mend(held, peer)
             held = self._with_loads(held, changed)
+            if held.coordinates != coordinates or not same_ways(held.links, links):
+                held = held.with_links(links, coordinates, self._clock.wall())
         self._snapshot = held
         self._version = self._directory.version
         self._heard = self._loads()

@@ -52,6 +52,8 @@ class Member:
 
     def _word(self, w: World, index: int) -> Announcement:
         peer = w.peers[index]
+        # the first peers are the faster ones
+        speed = peer.host.ledger.speed = Speed(0.001 * (1 + index), 0.001, 0.001)
         return Announcement(
             peer=peer.peer,
             model=MODEL,
@@ -61,8 +63,7 @@ class Member:
             state="online",
             dtype="float32",
             device="cpu",
-            # the first peers are the faster ones
-            speed=Speed(0.001 * (1 + index), 0.001, 0.001),
+            speed=speed,
             free_kv_tokens=1024,
             queue_s=0.0,
             addresses=("/x",),

@@ -23,6 +23,8 @@ from hexswarm.messages import (
     Refuse,
     Token,
     Tokens,
+    Trace,
+    Traced,
 )
 from hexswarm.records import DTYPES
 from hexswarm.wire import Frame
@@ -41,6 +43,7 @@ keys = st.binary(min_size=16, max_size=16)
 small = _upto(1 << 16)
 positions = _upto(MAX_TOKENS)
 reals = st.floats(allow_nan=False, allow_infinity=False)
+amounts = st.floats(0, allow_nan=False, allow_infinity=False)
 nonces = _upto((1 << 63) - 1)
 peers = _text(128)
 here = {"session": keys, "epoch": small}
@@ -60,6 +63,7 @@ messages: st.SearchStrategy[Message] = st.one_of(
         successor=peers,
         successor_addresses=st.lists(_text(256), max_size=8).map(tuple),
         kv_tokens=st.integers(1, MAX_TOKENS),
+        step_s=amounts,
     ),
     st.builds(Opened, **here, kv_tokens=st.integers(1, MAX_TOKENS)),
     st.builds(Refuse, **here, code=_text(16), reason=_text(256), retry_s=reals),
@@ -97,6 +101,20 @@ messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(Close, session=keys),
     st.builds(Failed, **here, code=_text(16), reason=_text(256), peer=peers),
     st.builds(GoAway, exit_s=reals),
+    st.builds(Trace, **here, nonce=nonces),
+    st.builds(
+        Traced,
+        **here,
+        steps=positions,
+        wait_s=amounts,
+        compute_s=amounts,
+        handle_s=amounts,
+        prompt_wait_s=amounts,
+        prompt_compute_s=amounts,
+        rows=amounts,
+        successor_rtt_s=reals,
+        nonce=nonces,
+    ),
 )
 
 frames = st.builds(Frame, messages, st.binary(max_size=64))

@@ -28,7 +28,7 @@ from hexswarm.peer.admission import Hosted
 from hexswarm.peer.cache import BlockTables
 from hexswarm.peer.stage import StageTable
 from hexswarm.peer.steps import Activations, Result, Row, SessionKey, Step, TailPolicy
-from hexswarm.records import Load, PeerId, Route, Sampling, Span, Stage
+from hexswarm.records import Load, PeerId, Route, Sampling, Span, Speed, Stage
 from hexswarm.session import Session, Turn
 from hexswarm.wire import Frame, FrameDecoder, pack
 
@@ -110,6 +110,10 @@ class TableLedger:
     def __init__(self, model: IntegerModel, blocks: int) -> None:
         self.tables = BlockTables(blocks, lease_s=100.0)
         self.now = 0.0
+        self.load = Load(0.25, 1.5, 0.5)
+        """As measured; the free tokens are counted."""
+        self.speed: Speed | None = None
+        """None: the peer does not know it, and promises nothing."""
         self._model = model
         self.on_close: Callable[[SessionKey], None] = lambda session: None
 
@@ -132,7 +136,10 @@ class TableLedger:
         return self.tables.expire(self.now)
 
     def load_now(self) -> Load:
-        return Load(0.25, 1.5, 0.5, self.tables.free_tokens)
+        return replace(self.load, free_kv_tokens=self.tables.free_tokens)
+
+    def speed_now(self) -> Speed | None:
+        return self.speed
 
 
 class Host:
@@ -430,7 +437,8 @@ class Loopback:
     def _finish_dial(self) -> None:
         peer, dial = self.dials.popleft()
         ok = frozenset((peer, dial.peer)) not in self.unreachable
-        self.act(self.hosts[peer], self.hosts[peer].table.dialled(dial.session, dial.epoch, ok))
+        host = self.hosts[peer]
+        self.act(host, host.table.dialled(dial.session, dial.epoch, ok, host.ledger.now))
 
     def _refuse(self, host: Host) -> None:
         results = list(host.refused)

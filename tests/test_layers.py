@@ -51,7 +51,12 @@ NEVER = {
 }
 """Modules of others that a part does not import at all."""
 
-PURE = {"hexswarm.peer.scheduler", "hexswarm.peer.cache", "hexswarm.peer.steps"}
+PURE = {
+    *("hexswarm.peer.cache", "hexswarm.peer.load", "hexswarm.peer.neighbours"),
+    *("hexswarm.peer.pace", "hexswarm.peer.promises", "hexswarm.peer.scheduler"),
+    *("hexswarm.peer.actions", "hexswarm.peer.admission", "hexswarm.peer.sessions"),
+    *("hexswarm.peer.stage", "hexswarm.peer.steps", "hexswarm.peer.tracing"),
+}
 """Bookkeeping apart from tensors: neither these nor what they import need torch."""
 
 LAZY = {

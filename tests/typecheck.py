@@ -17,7 +17,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-STRICT_PEER = ("cache", "scheduler", "steps")
+STRICT_PEER = (
+    *("actions", "admission", "cache", "load", "neighbours", "pace", "promises", "scheduler"),
+    *("sessions", "stage", "steps", "tracing"),
+)
 """Modules of peer/ that are held to strict typing; swarm/ and router/ are as a whole."""
 
 

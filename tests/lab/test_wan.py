@@ -101,9 +101,15 @@ def test_time_per_token_follows_the_law(forced: list[Any]) -> None:
 
 
 def test_predictions_come_true(forced: list[Any]) -> None:
-    """Within what other programs on this machine may take from the peers' compute."""
-    assert statistics.median(row.error for row in forced) <= 0.4
-    assert all(1 / 3 <= row.predicted_s / row.gap_s <= 3 for row in forced)
+    """Compute within what other programs of this machine may take from it, and all else, which
+    is mostly links, much closer: a ring over an ocean is never taken for a near one."""
+    assert statistics.median(row.error for row in forced) <= 0.6
+    for row in forced:
+        foretold_s = row.predicted_parts_s["compute"]
+        assert 1 / 3 <= foretold_s / row.compute_s <= 3, row
+        others_s = row.gap_s - row.compute_s
+        off_s = abs((row.predicted_s - foretold_s) - others_s)
+        assert off_s <= 0.5 * max(others_s, row.links_s) + 0.03, row
 
 
 def test_a_limit_is_kept(wide: Any) -> None:

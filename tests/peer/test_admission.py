@@ -26,7 +26,7 @@ from hexswarm.messages import (
 )
 from hexswarm.peer.actions import Action, Send, Watch
 from hexswarm.peer.admission import RESERVE_S
-from hexswarm.records import Load, PeerId
+from hexswarm.records import Load, PeerId, Speed
 from tests.loopback import CLIENT, MODEL, Host, Loopback
 
 KEY = b"k" * 16
@@ -139,15 +139,110 @@ def test_an_extension_of_a_committed_session_reserves_nothing() -> None:
 def test_every_answer_tells_the_load() -> None:
     """Of the moment after the lease, or after it was given back."""
     swarm, host = opened(TAIL)
-    (granted,) = told(host.table.dialled(KEY, 0, True))
+    (granted,) = told(host.table.dialled(KEY, 0, True, 0.0))
     assert isinstance(granted, Opened)
     assert granted.load == Load(0.25, 1.5, 0.5, 60 * 16)
     (refused,) = told(swarm.say(CLIENT, "p0", replace(TAIL, session=b"2" * 16, digest="cd" * 32)))
     assert isinstance(refused, Refuse)
     assert refused.load == granted.load
-    (unreachable,) = told(host.table.dialled(KEY, 0, False))
+    (unreachable,) = told(host.table.dialled(KEY, 0, False, 0.0))
     assert isinstance(unreachable, Refuse)
     assert unreachable.load == replace(granted.load, free_kv_tokens=64 * 16)
+
+
+def fast(host: Host, load: Load) -> None:
+    """The peer knows its speed, 1 ms a layer, and is as busy as told."""
+    host.ledger.speed, host.ledger.load = Speed(0.001, 0.001, 0.001), load
+
+
+def answers(swarm: Loopback, message: Open) -> Message:
+    """What the client hears of it, the next peer being in reach."""
+    said = told(swarm.say(CLIENT, "p0", message))
+    while swarm.dials:
+        dial = swarm.dials.popleft()[1]
+        host = swarm.hosts[PeerId("p0")]
+        said += told(host.table.dialled(dial.session, dial.epoch, True, host.ledger.now))
+    (answer,) = said
+    return answer
+
+
+def test_what_cannot_be_promised_is_refused_and_leases_nothing() -> None:
+    """The tail is asked for its head, too."""
+    swarm = Loopback((0, 6))
+    host = swarm.hosts[PeerId("p0")]
+    fast(host, Load(queue_s=0.002))
+    for message, step_s in ((MIDDLE, 0.004), (TAIL, 0.005)):
+        refused = answers(swarm, replace(message, step_s=step_s * 0.99))
+        assert isinstance(refused, Refuse)
+        assert refused.code == "slow"
+        assert refused.retry_s > 0
+        assert refused.load.queue_s == 0.002
+        swarm.check_clean()
+        assert isinstance(answers(swarm, replace(message, step_s=step_s)), Opened)
+        swarm.say(CLIENT, "p0", Close(KEY))
+
+
+def test_an_answer_tells_of_those_whom_the_load_does_not_show() -> None:
+    """Not of the session itself, which its client knows of."""
+    swarm = Loopback((0, 6))
+    host = swarm.hosts[PeerId("p0")]
+    fast(host, Load())
+    first, second = (replace(MIDDLE, session=bytes([number]) * 16) for number in (1, 2))
+    granted = answers(swarm, first)
+    assert isinstance(granted, Opened)
+    assert granted.load.rows == 0
+    granted = answers(swarm, second)
+    assert isinstance(granted, Opened)
+    assert granted.load.rows == pytest.approx(2 / 6)
+    assert granted.load.queue_s == pytest.approx(0.001 * 2 / 6)
+    swarm.say(CLIENT, "p0", Close(first.session))
+    refused = answers(swarm, replace(first, digest="cd" * 32))
+    assert isinstance(refused, Refuse)
+    assert refused.load.rows == pytest.approx(2 / 6)
+    swarm.say(CLIENT, "p0", Close(second.session))
+
+
+def test_a_new_route_is_promised_anew_and_a_longer_lease_is_not() -> None:
+    swarm = Loopback((0, 6))
+    host = swarm.hosts[PeerId("p0")]
+    fast(host, Load())
+    mine = replace(MIDDLE, step_s=0.002)
+    assert isinstance(answers(swarm, mine), Opened)
+    host.ledger.load = Load(queue_s=0.1)
+    assert isinstance(answers(swarm, replace(mine, kv_tokens=100)), Opened)
+    refused = answers(swarm, replace(mine, epoch=1))
+    assert isinstance(refused, Refuse)
+    assert refused.code == "slow"
+    host.ledger.load = Load()
+    other = answers(swarm, replace(MIDDLE, session=b"2" * 16))
+    assert isinstance(other, Refuse)
+    assert other.code == "busy", "the first promise holds"
+    assert isinstance(answers(swarm, replace(mine, epoch=1, step_s=0.0)), Opened)
+    assert isinstance(answers(swarm, replace(MIDDLE, session=b"2" * 16)), Opened)
+
+
+@pytest.mark.parametrize("end", ["full", "closed", "lost", "expired", "unreachable"])
+def test_a_promise_ends_with_its_session(end: str) -> None:
+    """Or never begins, if there is no room for it."""
+    swarm = Loopback((0, 6))
+    host = swarm.hosts[PeerId("p0")]
+    fast(host, Load())
+    mine = replace(MIDDLE, step_s=0.002, kv_tokens=9999 if end == "full" else 64)
+    swarm.say(CLIENT, "p0", mine)
+    swarm.dials.clear()
+    match end:
+        case "closed":
+            swarm.say(CLIENT, "p0", Close(KEY))
+        case "lost":
+            swarm.act(host, host.table.on_lost(CLIENT))
+        case "expired":
+            expire(swarm, host, RESERVE_S)
+        case "unreachable":
+            swarm.act(host, host.table.dialled(KEY, 0, False, 0.0))
+    swarm.check_clean()
+    granted = answers(swarm, replace(MIDDLE, session=b"2" * 16))
+    assert isinstance(granted, Opened)
+    assert granted.load.rows == 0
 
 
 class Reservations(RuleBasedStateMachine):
@@ -203,7 +298,7 @@ class Reservations(RuleBasedStateMachine):
                 self.reserved[key] = self.now + RESERVE_S
                 self.used[key], self.owner[key], self.lengths[key] = self.now, who, 0
             self.swarm.dials.clear()
-            self.swarm.act(self.host, self.host.table.dialled(key, 0, reachable))
+            self.swarm.act(self.host, self.host.table.dialled(key, 0, reachable, self.now))
             if not reachable:
                 self.gone(key)
 

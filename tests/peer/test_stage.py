@@ -93,7 +93,7 @@ def test_open_leases_watches_and_dials_before_it_grants() -> None:
     watches = {Watch(peer) for peer in (CLIENT, PREVIOUS, NEXT)}
     assert {action for action in made if isinstance(action, Watch)} == watches
     assert made[-1] == Dial(KEY, 0, NEXT, ())
-    granted = p0(swarm).table.dialled(KEY, 0, True)
+    granted = p0(swarm).table.dialled(KEY, 0, True, 0.0)
     assert granted == [Send(CLIENT, GRANTED)]
     assert p0(swarm).kv_in_use == 4
 
@@ -107,13 +107,13 @@ def test_a_stage_without_a_way_onwards_grants_at_once(last: Open) -> None:
 def test_a_successor_that_cannot_be_reached_costs_nothing() -> None:
     swarm = alone()
     swarm.say(CLIENT, "p0", OPEN)
-    made = p0(swarm).table.dialled(KEY, 0, False)
+    made = p0(swarm).table.dialled(KEY, 0, False, 0.0)
     swarm.act(p0(swarm), made)
     assert isinstance(made[0], Send)
     assert isinstance(made[0].message, Refuse)
     assert made[0].message.code == "unreachable"
     swarm.check_clean()
-    assert p0(swarm).table.dialled(KEY, 0, True) == []
+    assert p0(swarm).table.dialled(KEY, 0, True, 0.0) == []
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_opening_again_extends_or_rewires_and_keeps_the_books() -> None:
     assert host.kv_in_use == 7
     swarm.say(CLIENT, "p0", replace(OPEN, epoch=1, successor="other"))
     assert +host.watched == {CLIENT: 1, PREVIOUS: 1, PeerId("other"): 1}
-    assert host.table.dialled(KEY, 0, False) == [], "a dial of the old route means nothing now"
+    assert host.table.dialled(KEY, 0, False, 0.0) == [], "a dial of the old route means nothing now"
     assert refusal(swarm.say(CLIENT, "p0", OPEN)) == "invalid", "an older epoch"
     assert swarm.say(PREVIOUS, "p0", HIDDEN, ONE) == [], "late"
     assert isinstance(only(swarm.say(PREVIOUS, "p0", replace(HIDDEN, epoch=1), ONE)), Submit)

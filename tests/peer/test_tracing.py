@@ -57,13 +57,14 @@ def test_the_parts_of_decode_steps_add_up_to_their_residence(
         assert account.finished(made, now + spent_s)
         now += spent_s + 0.1
         residence_s += spent_s
-    told = account.told(KEY, 0, 0.01)
+    told = account.told(Trace(KEY, 0, 7), 0.01)
     assert told.steps == len(visits)
     assert told.wait_s + told.compute_s + told.handle_s == pytest.approx(residence_s, abs=1e-9)
     assert told.handle_s == pytest.approx(sum(visit[2] for visit in visits), abs=1e-9)
     assert told.rows == pytest.approx(sum(visit[3] for visit in visits) / len(visits))
     assert (told.prompt_wait_s, told.prompt_compute_s) == (0.25 * pieces, 0.5 * pieces)
     assert told.successor_rtt_s == 0.01
+    assert told.nonce == 7
 
 
 def test_a_clock_that_disagrees_gives_no_negative_time() -> None:
@@ -72,7 +73,7 @@ def test_a_clock_that_disagrees_gives_no_negative_time() -> None:
     account.finished(hidden(row(0)), 0.0)
     account.arrived_s = 5.0
     account.finished(hidden(row(1), wait_s=1.0, compute_s=1.0), 5.5)
-    assert account.told(KEY, 0, 0.0).handle_s == 0.0
+    assert account.told(Trace(KEY, 0), 0.0).handle_s == 0.0
 
 
 def opened(message: Open) -> StageTable:
@@ -80,7 +81,7 @@ def opened(message: Open) -> StageTable:
     swarm = Loopback((0, 6))
     swarm.say(CLIENT, "p0", message)
     table = swarm.hosts[PeerId("p0")].table
-    table.dialled(KEY, 0, True)
+    table.dialled(KEY, 0, True, 0.0)
     return table
 
 

@@ -18,7 +18,7 @@ from hexswarm.errors import UsageError
 from hexswarm.records import Announcement, Coordinates, GroupMembership, Link, Load, Span, Speed
 from hexswarm.router import vivaldi
 from hexswarm.router.columns import Columns
-from hexswarm.router.network import CACHED, JITTER, Snapshot, snapshot
+from hexswarm.router.network import CACHED, JITTER, Snapshot, Ways, snapshot
 from hexswarm.router.regions import REGIONS
 from tests.strategies import (
     CLIENT,
@@ -290,39 +290,59 @@ changes = st.lists(
                 max_size=4,
             ),
         ),
+        st.tuples(
+            st.just("links"),
+            st.dictionaries(
+                st.tuples(*[st.integers(0, 7).map(peer_id)] * 2).filter(lambda ab: ab[0] != ab[1]),
+                st.builds(Link, milliseconds(9), st.just(1e6)),
+                max_size=4,
+            ),
+            st.none() | coordinates,
+        ),
     ),
     max_size=6,
 )
+
+
+def all_ways(view: Snapshot) -> Ways:
+    return view.ways(MODEL, np.arange(len(view.columns(MODEL).peers)))
 
 
 @given(snapshots(), changes)
 def test_a_changed_snapshot_equals_one_from_scratch(
     view: Snapshot, changes: Sequence[tuple[Any, ...]]
 ) -> None:
-    """Words, departures and loads in any order leave what the same records make anew."""
+    """Words, departures, loads and ways in any order leave what the same records make anew."""
     for step, (kind, *what) in enumerate(changes):
         now = 200.0 + step
         held = {(item.peer, item.model): item for item in view.announcements}
         before = (view, view.to_json())
         view.columns(MODEL), view.columns(OTHER_MODEL)
+        all_ways(view)
         if kind == "word":
             view, items = view.updated(what[0], now), [*held.values(), what[0]]
         elif kind == "gone":
             peer, model = peer_id(what[0]), what[1]
             view, _ = view.without(model, peer, now), held.pop((peer, model), None)
             items = list(held.values())
+        elif kind == "links":
+            columns = view.columns(MODEL)
+            view, items = view.with_links(what[0], what[1], now), list(held.values())
+            assert view.links == snapshot([], what[0], now).links
+            assert view.columns(MODEL) is columns, "nothing of the peers is made anew"
         else:
             view, items = view.with_loads(MODEL, what[0], now), []
             for item in held.values():
                 load = what[0].get(item.peer) if item.model == MODEL else None
                 items.append(item.with_load(load) if load else item)
-        scratch = snapshot(items, view.links, now)
+        scratch = snapshot(items, view.links, now, coordinates=view.coordinates)
         assert view == scratch
         for model in (MODEL, OTHER_MODEL):
             assert view.of_model(model) == scratch.of_model(model)
             assert_columns_equal(view.columns(model), scratch.columns(model))
         for a in (*(peer_id(index) for index in range(7)), CLIENT):
             assert view.known_link(a, B) == scratch.known_link(a, B)
+        assert (all_ways(view).rtt_s == all_ways(scratch).rtt_s).all()
         assert before[0].to_json() == before[1], "the old snapshot is as it was"
 
 

@@ -51,6 +51,19 @@ async def test_an_answer_piece_by_piece() -> None:
 
 
 @scenario
+async def test_the_pace_of_the_ring_does_not_depend_on_who_takes_the_tokens() -> None:
+    async with client(*THREE) as (_, c):
+        quick = await c.generate(PROMPT, max_new_tokens=12)
+        slow = c.stream(PROMPT, max_new_tokens=12)
+        async for _ in slow:
+            await asyncio.sleep(1.0)
+        assert quick.tpot_s is not None
+        assert slow.completion.tpot_s == pytest.approx(quick.tpot_s)
+        assert slow.completion.tokens_per_s == pytest.approx(1.0)
+        assert quick.tokens_per_s == pytest.approx(1 / quick.tpot_s)
+
+
+@scenario
 async def test_a_stop_string_ends_the_turn_at_the_peers_too() -> None:
     async with client(*THREE) as (w, c):
         whole = (await c.generate(PROMPT, max_new_tokens=12)).text

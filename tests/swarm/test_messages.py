@@ -56,7 +56,16 @@ def test_the_largest_open_fits_a_header() -> None:
     address = "/ip6/2001:0db8:85a3:0000:0000:8a2e:0370:7334/tcp/65535/p2p/" + "1" * 52
     peer = "1" * 52
     largest = Open(
-        KEY, 1 << 16, "f" * 64, 4095, 4096, peer, peer, (address + "/p2p-circuit",) * 8, MAX_TOKENS
+        KEY,
+        1 << 16,
+        "f" * 64,
+        4095,
+        4096,
+        peer,
+        peer,
+        (address + "/p2p-circuit",) * 8,
+        MAX_TOKENS,
+        1e-300,
     )
     assert len(encode(largest)) < MAX_HEADER_BYTES / 4
 

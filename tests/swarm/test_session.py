@@ -25,6 +25,7 @@ from hexswarm.messages import (
     GoAway,
     Hidden,
     Logits,
+    Open,
     Opened,
     Refuse,
     Token,
@@ -34,9 +35,9 @@ from hexswarm.messages import (
 )
 from hexswarm.peer.admission import RESERVE_S
 from hexswarm.records import PeerId, Sampling
-from hexswarm.session import EmitTraces, Fail, Send, Session, Turn
+from hexswarm.session import Connect, EmitTraces, Fail, Send, Session, Turn
 from hexswarm.wire import Frame
-from tests.loopback import CLIENT, VOCABULARY, Loopback, answer
+from tests.loopback import CLIENT, MODEL, VOCABULARY, Loopback, answer
 
 RINGS = {
     1: ((0, 6),),
@@ -466,7 +467,7 @@ def test_a_trace_asks_every_stage_and_ends_with_the_last(ring: Loopback) -> None
     ring.ask(session, PROMPT, 5)
     ring.run()
     asked = session.trace()
-    assert asked == [Send(peer, Trace(session.key, 0)) for peer in ring.hosts]
+    assert asked == [Send(peer, Trace(session.key, 0, 1)) for peer in ring.hosts]
     ring.carry_out(session, asked)
     ring.run()
     assert told.traced == 1
@@ -481,13 +482,36 @@ def test_answers_to_a_trace_come_from_the_route_alone() -> None:
     swarm = Loopback((0, 2), (2, 6))
     session, _ = swarm.opened()
     session.trace()
-    traced = Traced(session.key, 0, 1, *[0.0] * 7)
-    for peer, epoch in (("stranger", 0), ("p0", 1)):
-        message = Traced(session.key, epoch, 1, *[0.0] * 7)
+    session.trace()
+    traced = Traced(session.key, 0, 1, *[0.0] * 7, nonce=2)
+    for peer, epoch, nonce in (("stranger", 0, 2), ("p0", 1, 2), ("p0", 0, 1)):
+        message = Traced(session.key, epoch, 1, *[0.0] * 7, nonce=nonce)
         assert session.on_frame(PeerId(peer), Frame(message)) == []
     assert session.traced == {}
     assert session.on_frame(PeerId("p0"), Frame(traced)) == []
     assert session.on_frame(PeerId("p1"), Frame(traced)) == [EmitTraces()]
+
+
+def test_each_stage_is_asked_for_its_own_promise() -> None:
+    """Also when the lease is prolonged."""
+    route = Loopback((0, 2), (2, 6)).route()
+    session = Session(bytes(16), route, MODEL, 64, budgets=(0.25, 0.5))
+    assert [made.message.step_s for made in session.start() if isinstance(made, Connect)] == [
+        *(0.25, 0.5)
+    ]
+    for stage in route.stages:
+        session.on_frame(stage.peer, Frame(Opened(bytes(16), 0, 64)))
+    sent = [made.message for made in session.extend(128) if isinstance(made, Send)]
+    assert [message.step_s for message in sent if isinstance(message, Open)] == [0.25, 0.5]
+
+
+def test_who_refuses_for_its_slowness_alone_is_told_apart() -> None:
+    swarm = Loopback((0, 2), (2, 4), (4, 6))
+    session, _ = swarm.opened()
+    for peer, code in (("p0", "busy"), ("p1", "slow"), ("p2", "full")):
+        session.on_frame(PeerId(peer), Frame(Refuse(session.key, 0, code, "", 0.0)))
+    assert session.refusing == {"p0", "p1", "p2"}
+    assert session.too_slow == {"p1"}
 
 
 def test_people_call_a_session_by_the_start_of_its_key() -> None:

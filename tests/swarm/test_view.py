@@ -151,7 +151,11 @@ def test_ways_are_seen_and_their_jitter_is_not() -> None:
     w.ways[A] = Link(0.105)
     assert w.look() is first
     w.ways[A] = Link(0.15)
-    assert w.look().link(ME, A).rtt_s == 0.15
+    w.announce(B, queue_s=0.5)
+    later = w.look()
+    assert later.link(ME, A).rtt_s == 0.15
+    assert later.announcement("m", B).queue_s == 0.5
+    assert later.announcement("m", A) is first.announcement("m", A), "mended, not built anew"
 
 
 def test_what_could_not_be_measured_is_far_away_for_a_minute() -> None:
@@ -173,7 +177,7 @@ def test_same_ways() -> None:
 
 events = st.lists(
     st.tuples(
-        st.sampled_from(["announce", "hear", "forget", "wait", "doubt", "look", "expire"]),
+        st.sampled_from(["announce", "hear", "forget", "wait", "doubt", "way", "look", "expire"]),
         st.sampled_from([PeerId(name) for name in "abcdefghijkl"]),
         st.sampled_from([0.1, 0.4, 31.0]),
     ),
@@ -199,6 +203,8 @@ def test_a_mended_view_is_the_same_as_a_new_one(happens: list[tuple[str, PeerId,
             case "doubt":
                 w.experience.observe_stage(peer, 0.01, 0.01 + amount, w.clock.now)
                 w.view.doubt([peer])
+            case "way":
+                w.ways[peer] = Link(amount)
             case "expire":
                 w.directory.expire(w.clock.wall())
             case "look":
@@ -207,6 +213,7 @@ def test_a_mended_view_is_the_same_as_a_new_one(happens: list[tuple[str, PeerId,
     assert [_seen(item) for item in kept.announcements] == [
         _seen(item) for item in fresh.announcements
     ]
+    assert kept.links == fresh.links
 
 
 def _seen(item: Announcement) -> tuple[Any, ...]:

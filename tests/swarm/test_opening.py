@@ -1,0 +1,136 @@
+"""Promises of time: a stage that cannot keep its part is passed over, or asked for more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hexswarm.client import AsyncClient
+from hexswarm.errors import NoRoute, PeerLost, Refused
+from hexswarm.opening import not_promised
+from hexswarm.records import Load, PeerId, RouteRequest
+from hexswarm.runtime import OpenSession
+from tests.asking import PROMPT, SPARED, THREE, client, scenario
+from tests.loopback import MODEL
+from tests.world import World
+
+
+def quiet(w: World, **queues_s: float) -> None:
+    """Nobody is busy but those named, whose queues nobody has heard of yet."""
+    for peer in w.peers:
+        peer.host.ledger.load = Load(queue_s=queues_s.get(peer.peer, 0.0))
+
+
+async def ask(c: AsyncClient, limit_s: float | None) -> list[str]:
+    done = await c.generate(PROMPT, max_new_tokens=3, max_latency=limit_s, percentile=50)
+    return [stage.peer for stage in done.route.stages]
+
+
+async def promised(w: World, **budgets_s: float) -> OpenSession:
+    """A session of somebody else along all peers, which promised him that."""
+    budgets = [budgets_s.get(peer.peer, 0.0) for peer in w.peers]
+    session = w.runtime.open(w.route, MODEL, 64, budgets=budgets)
+    await session.ready()
+    return session
+
+
+@scenario
+async def test_a_peer_busier_than_it_announced_is_passed_over_under_a_limit_alone() -> None:
+    async with client(*SPARED) as (w, c):
+        quiet(w, p1=0.5)
+        assert await ask(c, None) == ["p0", "p1", "p2"]
+        c._runtime.loads.clear()
+        assert await ask(c, 0.1) == ["p0", "p3", "p2"]
+        assert c._runtime.loads[PeerId("p1")][1].queue_s >= 0.5
+
+
+@scenario
+async def test_a_loose_limit_is_promised_by_the_busy() -> None:
+    async with client(*SPARED) as (w, c):
+        quiet(w, p1=0.5)
+        assert await ask(c, 3.0) == ["p0", "p1", "p2"]
+
+
+@scenario
+async def test_the_limit_is_told_as_the_reason_with_what_can_be_had() -> None:
+    async with client(*THREE) as (w, c):
+        quiet(w, p1=0.5)
+        with pytest.raises(NoRoute, match=r"no route promises 0\.1 s a token") as caught:
+            await ask(c, 0.1)
+        assert caught.value.binding == "tpot"
+        best_s = caught.value.achievable["tpot_s"]
+        assert 0.5 < best_s < 0.6
+        assert isinstance(caught.value.__cause__, Refused)
+        await w.settle()
+        assert w.clean
+        assert await ask(c, best_s * 1.05) == ["p0", "p1", "p2"]
+
+
+@scenario
+async def test_what_others_do_not_need_is_given_to_the_busy() -> None:
+    """Its share by the old view was too small; by what it told, the limit can be kept."""
+    async with client(*THREE) as (w, c):
+        quiet(w, p1=0.15)
+        said: list[Any] = []
+        real = c._runtime.open
+
+        def opening(*args: Any, **options: Any) -> OpenSession:
+            said.append(options["budgets"])
+            return real(*args, **options)
+
+        c._runtime.open = opening  # type: ignore[method-assign]
+        assert await ask(c, 0.3) == ["p0", "p1", "p2"]
+        first, second = said
+        assert first[1] < 0.154 < second[1]
+        assert sum(second) == pytest.approx(sum(first), rel=0.1)
+
+
+@scenario
+async def test_a_promise_to_another_protects_him() -> None:
+    """Also against those who ask for no promise, and until he has gone."""
+    async with client(*THREE) as (w, c):
+        quiet(w)
+        other = await promised(w, p1=0.004)
+        with pytest.raises(Refused, match=r"another session was promised 4\.0 ms") as caught:
+            await ask(c, None)
+        assert (caught.value.peer, caught.value.code) == ("p1", "busy")
+        with pytest.raises(NoRoute) as without:
+            await ask(c, 3.0)
+        assert without.value.binding == "tpot"
+        assert without.value.achievable == {}, "no limit would help"
+        other.close()
+        assert await ask(c, 3.0) == ["p0", "p1", "p2"]
+
+
+@scenario
+async def test_a_longer_lease_keeps_what_was_promised() -> None:
+    async with client(*THREE) as (w, _):
+        quiet(w)
+        session = await promised(w, p1=0.004)
+        w.peers[1].host.ledger.load = Load(queue_s=0.5)
+        await session.extend(128)
+        assert session.machine.open
+        session.close()
+
+
+@scenario
+async def test_a_peer_that_does_not_know_its_speed_promises_nothing() -> None:
+    async with client(*SPARED) as (w, c):
+        quiet(w)
+        w.peers[1].host.ledger.speed = None
+        assert await ask(c, None) == ["p0", "p1", "p2"]
+        assert await ask(c, 3.0) == ["p0", "p3", "p2"]
+
+
+def test_the_reason_is_told_once() -> None:
+    request = RouteRequest(MODEL, 6, 4, 8, 8, tpot_s=0.1)
+    slow = Refused("p1", "slow", "a step here takes 90 ms, not 20", 10.0)
+    told = not_promised(request, slow, 0.2)
+    assert (told.binding, told.achievable) == ("tpot", {"tpot_s": 0.2})
+    assert told.remedy == "allow 0.21 s a token, or try again in 10 s"
+    for quickest_s in (None, 0.09):  # what is refused for other reasons than its prediction
+        told = not_promised(request, slow, quickest_s)
+        assert "p1 refused: a step here takes 90 ms" in told.cause
+        assert told.achievable == {}
+    assert not_promised(request, PeerLost("p1", None, "is gone"), None).remedy == "try again"
