@@ -274,11 +274,17 @@ def summary(found: Mapping[Case, Figures]) -> dict[str, object]:
     low = {str(load): ratios(found, load) for load in LOW_LOADS}
     shares = {name: limited(found, name) for name in LIMITS}
     return {
-        "p95_ratio": {"worst": max(told), "mean": statistics.fmean(told), "met": max(told) <= BAR_RATIO},
+        "p95_ratio": {
+            "worst": max(told),
+            "mean": statistics.fmean(told),
+            "met": max(told) <= BAR_RATIO,
+        },
         "p95_ratio_low_load": {load: max(values) for load, values in low.items()},
         "limits_accepted": {name: accepted for name, (accepted, _) in shares.items()},
         "limits_kept": {name: kept for name, (_, kept) in shares.items()},
-        "limits_met": all(kept >= BAR_KEPT for name, (_, kept) in shares.items() if name != "unpromised"),
+        "limits_met": all(
+            kept >= BAR_KEPT for name, (_, kept) in shares.items() if name != "unpromised"
+        ),
         "ablations": {name: gains(found, name) for name in ABLATIONS},
         "runs": [{"limits": case.limits, **asdict(item)} for case, item in found.items()],
     }
@@ -295,9 +301,9 @@ def line(case: Case, f: Figures) -> str:
     name = f"{case.policy}, limits {case.limits}" if case.limits else case.policy
     shares = f"{f.accepted:9.1%} {f.kept:7.1%}" if f.limited else " " * 17
     return (
-        f"{f.load:4.2f} {f.seed:4d} {name:24} {1e3 * f.tpot_p50_s:12.0f} {1e3 * f.tpot_p95_s:8.0f} ms "
-        f"{f.ttft_p95_s:7.1f} s {f.refused:8.1%} {shares} {f.stages:7.1f} "
-        f"{f.busy:5.0%} ± {f.busy_spread:4.0%} {f.wall_s:4.0f} s"
+        f"{f.load:4.2f} {f.seed:4d} {name:24} "
+        f"{1e3 * f.tpot_p50_s:12.0f} {1e3 * f.tpot_p95_s:8.0f} ms {f.ttft_p95_s:7.1f} s "
+        f"{f.refused:8.1%} {shares} {f.stages:7.1f} {f.busy:5.0%} ± {f.busy_spread:4.0%} {f.wall_s:4.0f} s"
     )
 
 

@@ -21,7 +21,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from herd_events import JITTER, Choice, Ring, View
+from herd_events import JITTER, Choice, View
 from herd_world import HIDDEN_BYTES, LAYERS, MODEL, Request, World
 
 from hexswarm.errors import NoRoute

@@ -98,15 +98,22 @@ class Admission:
         refusal = refusal or self._lease(message, held)
         if refusal is not None:
             return self.refuse(message, refusal, now)
-        if not longer:  # a longer lease keeps what was promised
+        if longer:  # it keeps what was promised
+            self._promises.wake(message.session, now)
+        else:
             self._promises.hold(*self._asked(message), now)
         if held is None:
             self._reserved[message.session] = now + RESERVE_S
         return None
 
-    def commit(self, session: SessionKey) -> None:
-        """The session began: from now on it lives as long as its lease."""
+    def commit(self, session: SessionKey, now: float) -> None:
+        """The session began, or goes on: from now on it lives as long as its lease."""
         self._reserved.pop(session, None)
+        self._promises.wake(session, now)
+
+    def rest(self, session: SessionKey) -> None:
+        """A turn is over: what was promised waits for the next one."""
+        self._promises.rest(session)
 
     def end(self, session: SessionKey) -> None:
         """Free what the session holds."""

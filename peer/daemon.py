@@ -35,6 +35,7 @@ from hexswarm.peer.loading import (
 from hexswarm.peer.memory import free_bytes
 from hexswarm.peer.neighbours import to_announce, to_measure
 from hexswarm.peer.pace import Pace
+from hexswarm.peer.probe import again
 from hexswarm.peer.scheduler import Policy, Scheduler
 from hexswarm.peer.server import PeerServer
 from hexswarm.peer.stage import StageTable
@@ -58,6 +59,9 @@ MEASURE_EVERY_S = 20.0
 YOUNG_S = 60.0
 """A peer that is so young, or knows fewer than two others, measures them more often:"""
 YOUNG_EVERY_S = 2.0
+REST_S = (20.0, 600.0)
+"""A peer without sessions times a step so often: in its first two minutes (the machine may have
+been busy starting when it was probed), later."""
 SHARED_S = 600.0
 """Neighbours with which a session was shared so lately are announced first."""
 
@@ -81,7 +85,7 @@ class Peer:
         self._stop = asyncio.Event()
         self._addresses: tuple[str, ...] = ()
         self._place: Coordinates | None = None
-        self._online_s = 0.0
+        self._online_s = self._timed_s = 0.0
 
     @property
     def peer(self) -> PeerId:
@@ -114,7 +118,7 @@ class Peer:
         self._assemble()
         await self._settle()
         self._state = "online"
-        self._online_s = self.clock.monotonic()
+        self._online_s = self._timed_s = self.clock.monotonic()
         await self._announce()
 
     async def serve(self) -> None:
@@ -258,6 +262,19 @@ class Peer:
             few = len(self.member.others()) < FEW_PEERS
             await asyncio.sleep(YOUNG_EVERY_S if young or few else MEASURE_EVERY_S)
             await self._measure(1, SETTLE_S)
+            await self._time_at_rest()
+
+    async def _time_at_rest(self) -> None:
+        """If nobody uses us: is the announced speed still ours?"""
+        now, served, engine = self.clock.monotonic(), self.served, self.engine
+        every_s = REST_S[now - self._online_s > 2 * YOUNG_S]
+        if engine is None or now - self._timed_s < every_s:
+            return
+        spec, span = served.folder.spec, served.span
+        timed = engine.at_rest(lambda run: again(run, span, spec.layers, spec.hidden, served.dtype))
+        if timed is not None:
+            self._timed_s = now
+            await asyncio.wrap_future(timed)
 
     async def _measure(self, pings: int, within_s: float) -> None:
         """One round: measure some neighbours at the same time, and correct our coordinates."""

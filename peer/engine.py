@@ -185,6 +185,23 @@ class Engine:
         if refused:
             self._post(refused)
 
+    def at_rest(self, call: Callable[[Callable[[Batch], Any]], float]) -> Future[None] | None:
+        """Time a step with `call`, given what runs batches; None if a session is open.
+
+        A session that opens meanwhile is safe: its first write comes after, on the same thread.
+        """
+        with self._wake:
+            if self._cache.sessions or self._pace is None:
+                return None
+
+        def test() -> None:
+            elapsed_s = call(self._runner.run)
+            with self._wake:
+                assert self._pace is not None
+                self._pace.rested(elapsed_s, self._clock.monotonic())
+
+        return self.between(test)
+
     def between(self, call: Callable[[], T]) -> Future[T]:
         """Run `call` on the device thread between two batches (warm-up, per-session state)."""
         future: Future[T] = Future()

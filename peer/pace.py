@@ -8,8 +8,10 @@ off what is announced by more than `STEP` for `SUSTAINED_S` without a break, all
 announced times that ratio; the way back is the same. A factor and not new figures, for a slow
 device is slow in all it does, and the mix of batches seldom tells its parts apart.
 
-A peer that announced a slow figure may get no steps any more that could show that it is well again:
-after `FORGET_S` without steps the probe's figure counts.
+A peer that announced a slow figure may get no steps any more that could show that it is well again,
+and a probe may have met a machine that was busy starting. So a peer at rest times a step now and
+then (`hexswarm.peer.probe.again`), which counts at once; after `FORGET_S` without steps or such a
+test the probe's figure counts.
 
 Prompt batches are not looked at: their cost per token falls with their length, which the two
 figures of the probe cannot say.
@@ -24,6 +26,8 @@ from hexswarm.peer.steps import Batch
 from hexswarm.records import Span, Speed
 
 STEP = 0.2
+REST_STEP = 0.05
+"""A test at rest that is nearer than this confirms the probe."""
 SMOOTH_S = 10.0
 SUSTAINED_S = 30.0
 BREAK_S = 10.0
@@ -59,6 +63,14 @@ class Pace:
         ratio = min(max(elapsed_s / expected_s, self._ratio / _CLIP), self._ratio * _CLIP)
         self._ratio += (1 - math.exp(-elapsed_s / SMOOTH_S)) * (ratio - self._ratio)
         self._judge(now)
+
+    def rested(self, elapsed_s: float, now: float) -> None:
+        """A decode step of the whole span, without the head, took so long on a device at rest."""
+        expected_s = len(self._span) * self._probed.decode_layer_s
+        if expected_s > 0 and elapsed_s > 0:
+            ratio = elapsed_s / expected_s
+            self._ratio = self._told = 1.0 if abs(ratio - 1) <= REST_STEP else ratio
+            self._last_s, self._off_since_s = now, None
 
     def speed(self, now: float) -> Speed:
         """The figures to announce."""

@@ -45,36 +45,20 @@ def measure(
     run: Callable[[Batch], Any], span: Span, layers: int, hidden: int, dtype: str
 ) -> Measured:
     """Seconds per token and layer of `run`, which must accept rows on blocks from 0 on."""
-    blocks = tuple(range(blocks_of(CHUNK_TOKENS + STEPS + 1)))
-    head, tail = span.first == 0, span.end == layers
+    rows = _Rows(span, layers, hidden, dtype)
 
-    def payload(count: int) -> object:
-        if head:
-            return [0] * count
-        return Activations(bytes(count * hidden * DTYPES[dtype]), dtype)
-
-    def row(session: bytes, position: int, count: int, sample: bool) -> Row:
-        return Row(
-            session=session.ljust(16, b"\0"),
-            position=position,
-            count=count,
-            payload=payload(count),
-            sample=sample and tail,
-            blocks=blocks,
-            policy=TailPolicy(Sampling()) if tail else None,
-        )
-
-    def timed(*rows: Row) -> float:
+    def timed(*batch: Row) -> float:
         began = time.perf_counter()
-        run(Batch(rows))
+        run(Batch(batch))
         return time.perf_counter() - began
 
     def one(position: int, count: int, sample: bool = False) -> float:
-        return timed(row(b"probe", position, count, sample))
+        return timed(rows.row(b"probe", position, count, sample))
 
     def pair(position: int) -> float:
         """Two decode rows; they may share blocks, since nobody reads what they compute."""
-        return timed(row(b"probe", position, 1, False), row(b"other", position + 1, 1, False))
+        other = rows.row(b"other", position + 1, 1, False)
+        return timed(rows.row(b"probe", position, 1, False), other)
 
     one(0, CHUNK_TOKENS, sample=True)  # warm-up
     pair(CHUNK_TOKENS)
@@ -91,7 +75,7 @@ def measure(
         for n in range(REPEATS)
     ]
     short, prefill, decode, full, both = (min(times) for times in zip(*rounds, strict=True))
-    head_s = max(0.0, full - decode) if tail else 0.0
+    head_s = max(0.0, full - decode) if span.end == layers else 0.0
     speed = Speed(
         decode_layer_s=decode / len(span),
         prefill_layer_s=prefill / CHUNK_TOKENS / len(span),
@@ -99,6 +83,37 @@ def measure(
         row_layer_s=max(0.0, both - decode) / len(span),
     )
     return Measured(speed, _efficient_tokens(short, prefill))
+
+
+def again(run: Callable[[Batch], Any], span: Span, layers: int, hidden: int, dtype: str) -> float:
+    """Seconds of a decode step, the least of a few; only while no session has KV in the pool."""
+    rows, times = _Rows(span, layers, hidden, dtype), []
+    for n in range(STEPS):
+        began = time.perf_counter()
+        run(Batch((rows.row(b"probe", n, 1, False),)))
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+class _Rows:
+    """Rows of a made-up session for one span."""
+
+    def __init__(self, span: Span, layers: int, hidden: int, dtype: str) -> None:
+        self._head, self._tail = span.first == 0, span.end == layers
+        self._blocks = tuple(range(blocks_of(CHUNK_TOKENS + STEPS + 1)))
+        self._hidden, self._dtype = hidden, dtype
+
+    def row(self, session: bytes, position: int, count: int, sample: bool) -> Row:
+        data = bytes(count * self._hidden * DTYPES[self._dtype])
+        return Row(
+            session=session.ljust(16, b"\0"),
+            position=position,
+            count=count,
+            payload=[0] * count if self._head else Activations(data, self._dtype),
+            sample=sample and self._tail,
+            blocks=self._blocks,
+            policy=TailPolicy(Sampling()) if self._tail else None,
+        )
 
 
 def _efficient_tokens(short_s: float, long_s: float) -> int:

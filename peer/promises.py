@@ -20,8 +20,11 @@ device that else were `idle`, for at least 1 - rows of the time.
 ago shows t / WINDOW_S of itself there, and the rest is added here: else a burst of opens would all
 see an idle peer. A session counts as layers / layers of the model rows, the share of its ring that
 it spends here if peers are alike and ways cost nothing; counting a whole row each was rejected, as
-a peer with a tenth of the model would be full after a few sessions. One that pauses between two
-turns is protected, but is no row to come: else those who think for long would fill a peer.
+a peer with a tenth of the model would be full after a few sessions.
+
+A session *rests* from the end of a turn (its client asks where the time went) to the next sign of
+life, and its promise with it: else whoever thinks for long would keep a peer for himself, and a
+client would stand in its own way that asks again at once. On waking it is not judged anew.
 
 Promises are compared with a *mean*, while a client asks for a percentile and shares its slack out
 over the stages: what is between the two is the room for chance, and for a few sessions more.
@@ -107,9 +110,10 @@ class Promises:
     def __init__(self, model_layers: int) -> None:
         self._model_layers = model_layers
         self._held: dict[Hashable, _Held] = {}
+        self._resting: dict[Hashable, _Held] = {}
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._held) + len(self._resting)
 
     def admit(
         self,
@@ -130,6 +134,19 @@ class Promises:
     def hold(self, session: Hashable, layers: int, tail: bool, step_s: float, now: float) -> None:
         """Promise steps within `step_s` (0: no promise, yet a row), from now on."""
         self._held[session] = self._made(session, layers, tail, step_s, now)
+        self._resting.pop(session, None)
+
+    def rest(self, session: Hashable) -> None:
+        """Until it wakes the session neither counts nor is it protected."""
+        one = self._held.pop(session, None)
+        if one is not None:
+            self._resting[session] = one
+
+    def wake(self, session: Hashable, now: float) -> None:
+        """The session goes on, if it rested; the load has forgotten it."""
+        one = self._resting.pop(session, None)
+        if one is not None:
+            self._held[session] = replace(one, since_s=now)
 
     def judge(
         self,
@@ -154,6 +171,7 @@ class Promises:
     def release(self, session: Hashable) -> None:
         """The session ended, or never began."""
         self._held.pop(session, None)
+        self._resting.pop(session, None)
 
     def foreseen(
         self, speed: Speed, load: Load, layers: int, now: float, *, without: Hashable = None

@@ -100,7 +100,7 @@ class StageTable:
             case Hidden() as message:
                 return self._hidden(peer, message, frame.payload, now)
             case Generate() as message:
-                return self._generate(peer, message, frame.payload)
+                return self._generate(peer, message, frame.payload, now)
             case Cancel() as message:
                 return self._cancel(peer, message)
             case Close(session=key):
@@ -204,7 +204,7 @@ class StageTable:
         payload: object,
         now: float,
     ) -> list[Action]:
-        self._admission.commit(session.key)
+        self._admission.commit(session.key, now)
         session.account.arrived_s = now
         step = Step(
             session=session.key,
@@ -245,13 +245,15 @@ class StageTable:
         session = self._sessions.get(key)
         return session if session is not None and session.client == peer else None
 
-    def _generate(self, peer: PeerId, message: Generate, payload: bytes) -> list[Action]:
+    def _generate(
+        self, peer: PeerId, message: Generate, payload: bytes, now: float
+    ) -> list[Action]:
         session = self._owned(peer, message.session)
         if session is None:
             return self._unknown(peer, message.session, message.epoch)
         if message.epoch != session.epoch:
             return []
-        self._admission.commit(session.key)
+        self._admission.commit(session.key, now)
         if not session.tail:
             return []
         if message.turn < session.turn or message.turn <= session.cancelled:
@@ -285,6 +287,7 @@ class StageTable:
         session = self._owned(peer, message.session)
         if session is None or message.epoch != session.epoch:
             return []
+        self._admission.rest(session.key)
         successor = session.successor
         known_s = 0.0 if successor == self._hosted.peer else UNMEASURED_S
         told = session.account.told(message, known_s)

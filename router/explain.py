@@ -23,6 +23,9 @@ from hexswarm.router.routing import HYSTERESIS, find_route, predicted
 REJECTED = 6
 """Most rejected routes told."""
 
+FOREVER_S = 1e9
+"""A limit that is none: the cheapest route is asked for, however slow."""
+
 
 @dataclass(frozen=True, slots=True)
 class Hop:
@@ -134,7 +137,10 @@ def _others(
     snapshot: Snapshot, request: RouteRequest, route: Route, now: float, rng: random.Random
 ) -> list[Route]:
     """Routes that could have been taken, without repetition."""
-    asked = [_plain(request), replace(request, spread=0.0, previous=None)]
+    alone = replace(request, spread=0.0, previous=None)
+    asked = [_plain(request), alone]
+    if request.tpot_s is not None or request.ttft_s is not None:  # the cheapest of all
+        asked.append(replace(alone, tpot_s=FOREVER_S, ttft_s=FOREVER_S))
     asked += [
         replace(request, deny=request.deny | {stage.peer}, spread=0.0, previous=None)
         for stage in route.stages
@@ -157,7 +163,7 @@ def _others(
     if request.tpot_s is None and request.ttft_s is None:
         different.sort(key=lambda other: _whole(request, other))
     else:
-        different.sort(key=lambda other: (_late(request, other) != "", other.price))
+        different.sort(key=lambda other: other.price)
     return different[:REJECTED]
 
 

@@ -41,7 +41,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hexswarm.errors import NoRoute, UsageError
-from hexswarm.records import PeerId, Route, RouteRequest, Span, Stage
+from hexswarm.records import Route, RouteRequest, Span, Stage
 from hexswarm.router import cost
 from hexswarm.router.candidates import check, usable
 from hexswarm.router.network import Snapshot

@@ -1,11 +1,13 @@
 """What was measured of the way to one neighbour, and what to believe of it.
 
 Round trips. A single one says little: it holds whatever the two event loops and the line did at
-that moment. The *median* of the last `SAMPLES` is told, for a late pong then changes nothing; of
-few samples the least counts as much as the median, for a way is never shorter than its shortest
-trip, and the first trips of a link meet cold caches. Jitter is how much longer than that the 95th
-percentile is, halved: it is told for one way. Rejected: the smoothed mean of RFC 6298, which a
-single late pong of a busy process moves for minutes.
+that moment, and a ping meets an idle loop that has to be woken where a decode step meets a busy
+one. The lower *quartile* of the last `SAMPLES` is told, for late pongs, half of all if need be,
+then change nothing (a median was wrong by 5 ms on machines that were starting); of few samples the
+least counts as much, for a way is never shorter than its shortest trip. Jitter is how much longer
+than that the 95th percentile is, halved: it is told for one way. Rejected: the smoothed mean of
+RFC 6298, which a single late pong of a busy process moves for minutes; the least sample alone,
+which knows no line whose delay really changed.
 
 Bandwidth. The receiver of a frame sees it come in and divides what came after the first read by the
 time since then; a sender only sees its socket buffer take the bytes. The figure is what a burst of
@@ -34,7 +36,7 @@ FADE_S = 300.0
 BANDWIDTH_FADE_S = 1200.0
 """Two rounds of probes."""
 FEW = 5
-"""With fewer samples the least one counts as much as the median."""
+"""With fewer samples the least one counts as much as the quartile."""
 LEAST_BYTES = 64 << 10
 """Smaller frames say more of the loop than of the line."""
 LEAST_S = 0.001
@@ -77,7 +79,7 @@ class Meter:
         rtts = sorted(_recent(self._rtts, self.heard_s - FADE_S))
         if not rtts:
             return None
-        rtt_s = statistics.median(rtts)
+        rtt_s = _quantile(rtts, 0.25)
         if len(rtts) < FEW:
             rtt_s = (rtt_s + rtts[0]) / 2
         jitter_s = max(0.0, (_quantile(rtts, 0.95) - rtt_s) / 2)

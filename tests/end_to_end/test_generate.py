@@ -257,10 +257,13 @@ def test_a_busy_conversation_says_so(tiny_client: Client) -> None:
 
 @pytest.fixture
 def room(tiny_client: Client) -> Iterator[Client]:
-    """A client that has the tiny swarm for itself, before and after."""
-    until(lambda: whole_pool_is_free(tiny_client, POOL), 10, "all KV is free before the test")
+    """A client that has the tiny swarm for itself, before and after.
+
+    A peer that announced while its pool was in use says so for five seconds at least.
+    """
+    until(lambda: whole_pool_is_free(tiny_client, POOL), 20, "all KV is free before the test")
     yield tiny_client
-    until(lambda: whole_pool_is_free(tiny_client, POOL), 10, "all KV is free after the test")
+    until(lambda: whole_pool_is_free(tiny_client, POOL), 20, "all KV is free after the test")
 
 
 def begun(client: Client) -> Stream:

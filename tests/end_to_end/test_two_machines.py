@@ -52,6 +52,7 @@ class TwoMachines:
             text=True,
             timeout=120,
             check=False,
+            cwd=self.folder,
         )
 
     def start(self) -> None:
@@ -109,3 +110,14 @@ def test_status_of_the_readme(machines: TwoMachines) -> None:
     status = machines.run(words)
     assert status.returncode == 0, status.stderr
     assert "every layer is served; 2 peer(s)" in status.stdout
+
+
+def test_limits_of_the_readme(machines: TwoMachines) -> None:
+    answer, dry, why, trace = map(machines.run, lines_marked("test_limits_of_the_readme"))
+    for done in (answer, dry, why, trace):
+        assert done.returncode == 0, done.stderr
+    assert "0:15" in dry.stdout
+    assert (machines.folder / "map.svg").read_text(encoding="utf-8").startswith("<svg")
+    assert "the cheapest of all routes keeps the limits" in why.stdout
+    for word in ("compute", "queue", "link"):
+        assert word in trace.stdout

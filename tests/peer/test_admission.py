@@ -245,6 +245,37 @@ def test_a_promise_ends_with_its_session(end: str) -> None:
     assert granted.load.rows == 0
 
 
+@pytest.mark.parametrize(
+    ("who", "message", "payload"),
+    [
+        (PREVIOUS, replace(HIDDEN, position=1), ONE),
+        (CLIENT, GENERATE, b""),
+        (CLIENT, replace(MIDDLE, kv_tokens=100, step_s=0.002), b""),
+    ],
+)
+def test_between_turns_a_promise_rests(who: PeerId, message: Message, payload: bytes) -> None:
+    """From the question where the time went until anything of the session comes."""
+    swarm = Loopback((0, 6))
+    host = swarm.hosts[PeerId("p0")]
+    fast(host, Load())
+    assert isinstance(answers(swarm, replace(MIDDLE, step_s=0.002)), Opened)
+    swarm.say(PREVIOUS, "p0", HIDDEN, ONE)
+    other = replace(MIDDLE, session=b"2" * 16)
+    assert isinstance(answers(swarm, other), Refuse)
+    swarm.say(STRANGER, "p0", Trace(KEY, 0))
+    assert isinstance(answers(swarm, other), Refuse)
+    swarm.say(CLIENT, "p0", Trace(KEY, 0))
+    granted = answers(swarm, other)
+    assert isinstance(granted, Opened)
+    assert granted.load.rows == 0
+    swarm.say(CLIENT, "p0", Close(other.session))
+    swarm.say(who, "p0", message, payload)
+    swarm.dials.clear()
+    refused = answers(swarm, other)
+    assert isinstance(refused, Refuse)
+    assert refused.code == "busy"
+
+
 class Reservations(RuleBasedStateMachine):
     """Reserve, begin, extend, close, lose, expire in any order.
 

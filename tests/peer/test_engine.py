@@ -15,9 +15,10 @@ from hexswarm.clock import RealClock
 from hexswarm.errors import SessionClosed
 from hexswarm.peer.cache import BlockTables, KvFull
 from hexswarm.peer.engine import Engine
+from hexswarm.peer.pace import Pace
 from hexswarm.peer.scheduler import Policy, Scheduler
 from hexswarm.peer.steps import Batch, Result, Row, Step
-from hexswarm.records import Load
+from hexswarm.records import Load, Span, Speed
 
 A, B, C = (bytes([i]) * 16 for i in range(3))
 
@@ -65,6 +66,7 @@ class Bench:
             self.cache,
             clock=RealClock(),
             deliver=self.deliveries.put_nowait,
+            pace=Pace(Speed(0.001, 0.0001, 0.0), Span(0, 6), 12),
         )
 
     async def results(self) -> list[Result]:
@@ -166,7 +168,6 @@ def test_load_counts_what_was_computed_and_waits() -> None:
             assert 0 < load.rows < 1
             assert 0 < load.busy < 1
             assert load.queue_s > 0
-            assert b.engine.speed_now() is None, "nobody follows it"
 
     asyncio.run(main())
 
@@ -342,6 +343,31 @@ def test_a_closed_session_vanishes_from_the_queue() -> None:
             b.engine.close(A)
             release.set()
             assert [r.row.session for r in await b.results() + await b.results()] == [A, C]
+
+    asyncio.run(main())
+
+
+def test_a_step_is_timed_at_rest_only() -> None:
+    """On the device thread, with the real runner, and never while a session has KV."""
+
+    async def main() -> None:
+        async with bench() as b:
+            ran = []
+
+            def test(run: Callable[[Batch], object]) -> float:
+                ran.append((run, threading.current_thread().name))
+                return 0.012
+
+            b.engine.open(A, 16)
+            assert b.engine.at_rest(test) is None
+            b.engine.close(A)
+            timed = b.engine.at_rest(test)
+            assert timed is not None
+            await asyncio.wrap_future(timed)
+            assert ran == [(b.runner.run, "hexswarm-device")]
+            speed = b.engine.speed_now()
+            assert speed is not None
+            assert speed.decode_layer_s == pytest.approx(0.012 / 6)
 
     asyncio.run(main())
 

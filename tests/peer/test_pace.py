@@ -111,3 +111,16 @@ def test_whatever_is_seen_the_figures_stay_finite(times_s: list[float]) -> None:
         now += elapsed_s
         pace.observe(decodes(), elapsed_s, now)
         assert pace.speed(now).decode_layer_s > 0  # Speed checks that it is finite
+
+
+def test_a_test_at_rest_counts_at_once() -> None:
+    """A machine that was busy starting when it was probed, and one that lies in its probe."""
+    pace = whole()
+    pace.rested(0.003, 1.0)
+    assert pace.speed(1.0).decode_layer_s == pytest.approx(SPEED.decode_layer_s / 2)
+    assert pace.speed(1.0).head_s == pytest.approx(SPEED.head_s / 2)
+    pace.rested(0.00605, 2.0)
+    assert pace.speed(2.0) == SPEED, "so near it confirms the probe"
+    pace.rested(0.012, 3.0)
+    assert pace.speed(3.0).decode_layer_s == pytest.approx(2 * SPEED.decode_layer_s)
+    assert pace.speed(3.0 + FORGET_S + 1) == SPEED

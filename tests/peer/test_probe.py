@@ -13,6 +13,7 @@ from hexswarm.peer.probe import (
     SHORT_TOKENS,
     Measured,
     _efficient_tokens,
+    again,
     cached,
     measure,
 )
@@ -95,3 +96,14 @@ def test_figures_of_an_older_version_are_measured_anew(tmp_path: Path) -> None:
     (key,) = json.loads(path.read_text())
     path.write_text(json.dumps({key: [0.5, 0.5, 0.5, 33]}))
     assert cached(path, ("a",), lambda: FOUND) == FOUND
+
+
+@pytest.mark.parametrize("span", [Span(0, 4), Span(4, 8), Span(8, 12)])
+def test_a_step_at_rest_is_one_legal_row(span: Span) -> None:
+    seen: list[Batch] = []
+    assert again(seen.append, span, 12, 8, "float32") >= 0
+    rows = [row for batch in seen for row in batch.rows]
+    assert {len(batch.rows) for batch in seen} == {1}
+    assert [row.position for row in rows] == list(range(len(rows)))
+    assert all(row.count == 1 and not row.sample for row in rows)
+    assert isinstance(rows[0].payload, list) == (span.first == 0)

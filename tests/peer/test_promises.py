@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from hexswarm.peer.load import WINDOW_S
 from hexswarm.peer.promises import ROOM, Promises, expected_step_s
@@ -139,8 +139,20 @@ def test_asked_anew_a_session_does_not_stand_in_its_own_way() -> None:
     assert admit(promises, "b", 0.0, now=3.0) == "busy", "what was promised before still holds"
 
 
+def test_who_rests_neither_counts_nor_is_protected_until_he_wakes() -> None:
+    promises = Promises(LAYERS)
+    alone_s = expected_step_s(SPEED, IDLE, 4, tail=False)
+    assert admit(promises, "thinker", alone_s) is None
+    promises.rest("thinker")
+    assert admit(promises, "other", alone_s, now=5.0) is None
+    promises.release("other")
+    promises.wake("thinker", 20.0)
+    assert admit(promises, "other", alone_s, now=20.0) == "slow"
+    assert admit(promises, "other", 2 * alone_s, now=20.0) == "busy"
+
+
 class Ledger(RuleBasedStateMachine):
-    """Open, close and wait in any order, at any load.
+    """Open, rest, wake, close and wait in any order, at any load.
 
     After every grant all promises hold, by the formula of the module's text written once more; a
     refusal is given only if one would not, and changes nothing.
@@ -150,6 +162,7 @@ class Ledger(RuleBasedStateMachine):
         super().__init__()
         self.promises = Promises(LAYERS)
         self.held: dict[int, tuple[int, bool, float, float]] = {}
+        self.resting: dict[int, tuple[int, bool, float, float]] = {}
         self.now = 0.0
 
     def expected_s(self, session: int, load: Load) -> float:
@@ -184,23 +197,35 @@ class Ledger(RuleBasedStateMachine):
     def ask(self, session: int, layers: int, tail: bool, share: float, load: Load) -> None:
         step_s = share * expected_step_s(SPEED, load, layers, tail=tail)
         before = dict(self.held)
-        since_s = self.held.get(session, (0, False, 0.0, self.now))[3]
+        since_s = (self.held | self.resting).get(session, (0, False, 0.0, self.now))[3]
         self.held[session] = layers, tail, step_s, since_s
         broken = self.broken(load)
         breach = self.promises.admit(session, layers, tail, step_s, SPEED, load, self.now)
         if breach is None:
             assert not broken
+            self.resting.pop(session, None)
             return
         assert broken
         assert breach.code == ("slow" if session in broken else "busy")
         self.held = before
 
-    @precondition(lambda self: self.held)
-    @rule(index=st.integers(0, 9))
-    def close(self, index: int) -> None:
-        session = sorted(self.held)[index % len(self.held)]
-        del self.held[session]
+    @rule(session=st.integers(0, 9))
+    def close(self, session: int) -> None:
+        self.held.pop(session, None)
+        self.resting.pop(session, None)
         self.promises.release(session)
+
+    @rule(session=st.integers(0, 9))
+    def rest(self, session: int) -> None:
+        if session in self.held:
+            self.resting[session] = self.held.pop(session)
+        self.promises.rest(session)
+
+    @rule(session=st.integers(0, 9))
+    def wake(self, session: int) -> None:
+        if session in self.resting:
+            self.held[session] = (*self.resting.pop(session)[:3], self.now)
+        self.promises.wake(session, self.now)
 
     @rule(seconds=st.sampled_from([0.0, 0.5, 3.0, 9.5, 60.0]))
     def wait(self, seconds: float) -> None:
@@ -208,7 +233,7 @@ class Ledger(RuleBasedStateMachine):
 
     @invariant()
     def the_books_agree(self) -> None:
-        assert len(self.promises) == len(self.held)
+        assert len(self.promises) == len(self.held) + len(self.resting)
         fresh = sum(
             layers / LAYERS * max(0.0, 1 - (self.now - since_s) / WINDOW_S)
             for layers, _, _, since_s in self.held.values()

@@ -113,9 +113,7 @@ def test_an_idle_ring_takes_what_its_layers_and_links_take(
     assert outcome.ttft_s == pytest.approx(0.02 + 0.01 + 0.033 + 0.01 + 0.01, rel=0.1)
 
 
-def test_sessions_that_meet_share_a_batch(
-    worlds: ModuleType, events: ModuleType
-) -> None:
+def test_sessions_that_meet_share_a_batch(worlds: ModuleType, events: ModuleType) -> None:
     """Eight sessions on one peer fall into two batches that alternate: a token waits for two first
     rows and six further ones, not for eight first ones."""
     world = lone_world(worlds, 0.001, [(0, 32)])
@@ -126,9 +124,7 @@ def test_sessions_that_meet_share_a_batch(
     assert slow == pytest.approx(2 + 6 / 5, rel=0.05)
 
 
-def test_kv_is_leased_or_refused_and_given_back(
-    worlds: ModuleType, events: ModuleType
-) -> None:
+def test_kv_is_leased_or_refused_and_given_back(worlds: ModuleType, events: ModuleType) -> None:
     """4,000 tokens hold one session of 2,500 at a time; the next may come when it is over."""
     world = lone_world(worlds, 0.001, [(0, 32)])
     policy = Fixed([(0, 32)])
@@ -141,9 +137,7 @@ def test_kv_is_leased_or_refused_and_given_back(
     assert told == [1500, 1500, 1500]
 
 
-def test_load_is_told_and_fades(
-    worlds: ModuleType, events: ModuleType
-) -> None:
+def test_load_is_told_and_fades(worlds: ModuleType, events: ModuleType) -> None:
     """A peer that computes is busier than when nothing came for a minute."""
     world = lone_world(worlds, 0.001, [(0, 32)])
     policy = Fixed([(0, 32)])
@@ -157,9 +151,7 @@ def test_load_is_told_and_fades(
     assert later[0].queue_s < busy[0].queue_s
 
 
-def test_views_are_old_but_not_from_the_future(
-    worlds: ModuleType, events: ModuleType
-) -> None:
+def test_views_are_old_but_not_from_the_future(worlds: ModuleType, events: ModuleType) -> None:
     world = worlds.draw_world(random.Random(3), 12, 20)
     ages = []
 
@@ -219,7 +211,9 @@ def test_promises_are_given_refused_and_kept(worlds: ModuleType, events: ModuleT
 
 def test_the_other_rules_cover_the_model_and_see_no_load(herd: ModuleType) -> None:
     """Petals' rule takes the same ring however long the queue is; the cost per layer does not."""
-    policies, worlds, events = (sys.modules[name] for name in ("herd_policies", "herd_world", "herd_events"))
+    policies, worlds, events = (
+        sys.modules[name] for name in ("herd_policies", "herd_world", "herd_events")
+    )
     world = worlds.draw_world(random.Random(2), 24, 5)
     free = [machine.kv_tokens for machine in world.machines]
     idle = [world.announcement(n, Load(free_kv_tokens=kv), 0.0, 0) for n, kv in enumerate(free)]

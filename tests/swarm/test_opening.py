@@ -104,6 +104,16 @@ async def test_a_promise_to_another_protects_him() -> None:
 
 
 @scenario
+async def test_a_client_does_not_stand_in_its_own_way() -> None:
+    """Its last session is still open, for the sake of its trace, when the next one comes."""
+    async with client(*THREE) as (w, c):
+        quiet(w)
+        limit_s = 1.01 * (await c.plan(8, 3)).route.tpot_s
+        for _ in range(3):
+            assert await ask(c, limit_s) == ["p0", "p1", "p2"]
+
+
+@scenario
 async def test_a_longer_lease_keeps_what_was_promised() -> None:
     async with client(*THREE) as (w, _):
         quiet(w)
