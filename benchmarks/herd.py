@@ -4,7 +4,7 @@ A simulation: 48 unlike peers in four regions (`herd_world.py`), 200 clients, vi
 (`herd_events.py`). Every policy (`herd_policies.py`) meets the same swarm and the same arrivals.
 
     python benchmarks/herd.py            # the figures, 3 minutes; last line is one JSON object
-    python benchmarks/herd.py --quick    # one seed, few requests: to see that it runs
+    python benchmarks/herd.py --quick    # a small swarm, one seed, few requests: it runs
 
 *Without limits*: the 95th percentile of the time per token over the better of the two other rules,
 at load 0.8 (aim: at most 0.7) and at low load (aim: at most 1). *Ablations*: ours without one idea,
@@ -26,8 +26,13 @@ to nothing at load 0.8: with a tenth of that, refusals for want of KV balance th
 and the differences shrink. Round trips are 35-140 ms between regions; most of the time per token
 under load is waiting, not travel.
 
-*What was tuned*: the shares of the costs, the warm-up and the KV, on the seeds 1-3; the rules of
-`router/routing.py` against the herd, on 4-7. The seeds told here were looked at for nothing else.
+*What was tuned*: the shares of the costs, the warm-up and the KV on the seeds 1-3; the rules of
+`router/routing.py` against the herd and `NEVER_MEET` of `router/cost.py` on 4-7. Nothing was
+changed after the seeds told here were seen.
+
+*What is physics*: a limit of 1.2-3 times the idle ring's time leaves a peer room for a few rows
+only, while load 1 counts on batches of eight; so most of such requests cannot be let in at load
+0.7, whoever chooses. With limits around the loaded median three of four can.
 """
 
 from __future__ import annotations
@@ -42,6 +47,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -66,11 +72,12 @@ from hexswarm.router import routing
 from hexswarm.router.network import Snapshot, snapshot
 from hexswarm.router.routing import find_route
 
-REQUESTS = 500
+REQUESTS = 400
 SEEDS = (11, 12, 13)
 BAR_LOAD, BAR_RATIO = 0.8, 0.7
-LOW_LOADS = (0.05, 0.3)
-LOW_REQUESTS = 200
+LOW_REQUESTS = {0.05: 500, 0.3: 200}
+"""For each low load the requests of a run: their 95th percentile varies more than it costs."""
+MEDIUM_LOAD = 0.3
 LIMIT_LOAD, BAR_KEPT = 0.7, 0.95
 OTHERS = ("petals", "per-layer")
 ABLATION_SEEDS = 2
@@ -210,10 +217,10 @@ def run(
     return figures(name, load, seed, result, limits, time.perf_counter() - began)
 
 
-def limits_of(name: str, seed: int, median_s: float) -> Limits:
+def limits_of(name: str, seed: int, peers: int, median_s: float) -> Limits:
     """The limits of that name; `median_s` is the median of ours without limits."""
     if name == "idle":
-        return Limits(idle_tpot_s(draw_world(random.Random(seed))))
+        return Limits(idle_tpot_s(draw_world(random.Random(seed), peers)))
     share = 0.5 if name == "mixed" else 1.0
     return Limits(median_s, share, promised=name != "unpromised")
 
@@ -223,23 +230,27 @@ def plan(seeds: Sequence[int]) -> list[Case]:
     compared = [*OTHERS, "ours"]
     todo = [Case(name, BAR_LOAD, seed) for seed in seeds for name in compared]
     few = seeds[:ABLATION_SEEDS]
-    todo += [Case(name, load, seed) for load in LOW_LOADS for seed in few for name in compared]
+    todo += [Case(name, load, seed) for load in LOW_REQUESTS for seed in few for name in compared]
     todo += [Case("ours", LIMIT_LOAD, seed) for seed in few]  # tells the median
-    todo += [Case("ours", LIMIT_LOAD, seed, name) for seed in few for name in LIMITS]
+    todo += [Case("ours", LIMIT_LOAD, seed, name) for seed in few for name in LIMITS[:2]]
+    todo += [Case("ours", LIMIT_LOAD, seeds[0], name) for name in LIMITS[2:]]
     todo += [Case(name, BAR_LOAD, seed) for seed in few for name in ABLATIONS]
+    todo += [Case(name, MEDIUM_LOAD, seeds[0]) for name in ABLATIONS]
     return todo
 
 
-def carry_out(case: Case, found: Mapping[Case, Figures], requests: int) -> Figures:
+def carry_out(
+    case: Case, found: Mapping[Case, Figures], requests: int, peers: int, clients: int
+) -> Figures:
     """One run of the plan."""
     make = POLICIES.get(case.policy) or ABLATIONS[case.policy]
     limits = None
     if case.limits:
         median_s = found[Case("ours", case.load, case.seed)].tpot_p50_s
-        limits = limits_of(case.limits, case.seed, median_s)
-        make = lambda world, seed: Ours(world, seed, limits=limits)  # noqa: E731
-    few = LOW_REQUESTS if case.load in LOW_LOADS else requests
-    return run(case.policy, make, case.load, case.seed, min(few, requests), limits=limits)
+        limits = limits_of(case.limits, case.seed, peers, median_s)
+        make = partial(Ours, limits=limits)
+    measured = LOW_REQUESTS.get(case.load, requests) if requests == REQUESTS else requests
+    return run(case.policy, make, case.load, case.seed, measured, peers, clients, limits)
 
 
 def ratios(found: Mapping[Case, Figures], load: float) -> list[float]:
@@ -251,13 +262,14 @@ def ratios(found: Mapping[Case, Figures], load: float) -> list[float]:
     ]
 
 
-def gains(found: Mapping[Case, Figures], name: str) -> list[float]:
-    """For each seed the p95 without an idea over ours."""
-    return [
-        item.tpot_p95_s / found[Case("ours", BAR_LOAD, case.seed)].tpot_p95_s
-        for case, item in found.items()
-        if case.policy == name
-    ]
+def gains(found: Mapping[Case, Figures], load: float) -> dict[str, list[float]]:
+    """For each idea and seed the p95 without it over ours."""
+    told: dict[str, list[float]] = {name: [] for name in ABLATIONS}
+    for case, item in found.items():
+        if case.policy in told and case.load == load:
+            ours = found[Case("ours", load, case.seed)]
+            told[case.policy].append(item.tpot_p95_s / ours.tpot_p95_s)
+    return told
 
 
 def limited(found: Mapping[Case, Figures], name: str) -> tuple[float, float]:
@@ -271,7 +283,7 @@ def limited(found: Mapping[Case, Figures], name: str) -> tuple[float, float]:
 def summary(found: Mapping[Case, Figures]) -> dict[str, object]:
     """The figures with aims, and all runs."""
     told = ratios(found, BAR_LOAD)
-    low = {str(load): ratios(found, load) for load in LOW_LOADS}
+    low = {str(load): ratios(found, load) for load in LOW_REQUESTS}
     shares = {name: limited(found, name) for name in LIMITS}
     return {
         "p95_ratio": {
@@ -285,7 +297,8 @@ def summary(found: Mapping[Case, Figures]) -> dict[str, object]:
         "limits_met": all(
             kept >= BAR_KEPT for name, (_, kept) in shares.items() if name != "unpromised"
         ),
-        "ablations": {name: gains(found, name) for name in ABLATIONS},
+        "ablations": gains(found, BAR_LOAD),
+        "ablations_medium_load": gains(found, MEDIUM_LOAD),
         "runs": [{"limits": case.limits, **asdict(item)} for case, item in found.items()],
     }
 
@@ -303,7 +316,8 @@ def line(case: Case, f: Figures) -> str:
     return (
         f"{f.load:4.2f} {f.seed:4d} {name:24} "
         f"{1e3 * f.tpot_p50_s:12.0f} {1e3 * f.tpot_p95_s:8.0f} ms {f.ttft_p95_s:7.1f} s "
-        f"{f.refused:8.1%} {shares} {f.stages:7.1f} {f.busy:5.0%} ± {f.busy_spread:4.0%} {f.wall_s:4.0f} s"
+        f"{f.refused:8.1%} {shares} {f.stages:7.1f} "
+        f"{f.busy:5.0%} ± {f.busy_spread:4.0%} {f.wall_s:4.0f} s"
     )
 
 
@@ -314,12 +328,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     options = parser.parse_args()
     requests, seeds = options.requests, options.seeds
+    peers, clients = 48, CLIENTS
     if options.quick:
-        requests, seeds = 40, seeds[:1]
+        requests, seeds, peers, clients = 30, seeds[:1], 16, 60
     found: dict[Case, Figures] = {}
     print(HEAD)
     for case in plan(seeds):
-        found[case] = carry_out(case, found, requests)
+        found[case] = carry_out(case, found, requests, peers, clients)
         print(line(case, found[case]), flush=True)
     print(json.dumps(summary(found)))
 

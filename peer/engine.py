@@ -160,10 +160,14 @@ class Engine:
         with self._wake:
             return self._cache.free_tokens
 
-    def load_now(self) -> Load:
-        """How busy this peer is: for its announcement, and for whoever asks for a lease."""
+    def load_now(self, *, prompts: bool = True) -> Load:
+        """How busy this peer is: for its announcement, and for whoever asks for a lease.
+
+        Without `prompts` a decode step's wait alone: those go first, whatever prompts wait beside.
+        """
         with self._wake:
-            now, prompts_s = self._clock.monotonic(), self._scheduler.prompts_s()
+            now = self._clock.monotonic()
+            prompts_s = self._scheduler.prompts_s() if prompts else 0.0
             return self._meter.load(now, prompts_s, self._cache.free_tokens)
 
     def speed_now(self) -> Speed | None:

@@ -68,17 +68,19 @@ HYSTERESIS = 0.1
 within the error of the predictions (benchmarks/wan.py)."""
 
 DRAWS = 2
-"""Power of two choices; a third gains next to nothing."""
+"""Power of two choices. Beside the other remedies the second draw shortens the 95th percentile by
+about 3 %, and costs one more search."""
 
 MOST_AVOIDED = 0.5
 """Share of the peers that a request tries to avoid in a busy swarm."""
 
 AVOIDED_PER_BUSY = 5.0
-"""That share over the mean of `busy`: a half from a tenth on, which is a swarm at a fourth of its
+"""That share over the mean of `busy`: a half from a tenth on, which is a swarm at a fifth of its
 capacity."""
 
 AVOID = 4.0
-"""How much dearer avoided peers count, relative to their cost. At 2 the herd is half back."""
+"""How much dearer avoided peers count, relative to their cost. At 2 the 95th percentile is 9 %
+longer in a swarm at four fifths of its capacity."""
 
 TWICE = 2.0
 """Beyond this a less busy route is a slower one: no swarm of like peers differs as much."""

@@ -206,8 +206,9 @@ class Conversation:
         if session is not None and not self._fits(session, options):
             await self.close()
             session = None
-        if session is not None:
+        if session is not None and len(ids) + new_tokens > session.machine.kv_tokens:
             try:
+                self._client._planner.asked(session)
                 async with asyncio.timeout(self._client.config.connect_s):
                     await session.extend(len(ids) + new_tokens)
                 self._client._planner.answered(session)

@@ -101,6 +101,7 @@ class Opener:
                 client_loop=client_loop,
                 budgets=plan.promises(),
             )
+            self._planner.asked(session)
             try:
                 await self._opened(session, connect_s)
             except (Refused, PeerLost) as error:

@@ -210,6 +210,10 @@ class Planner:
     def _loads(self) -> Heard:
         return self._leases.corrected(self._runtime.loads)
 
+    def asked(self, session: OpenSession) -> None:
+        """The stages of `session` are asked for its lease, just now."""
+        self._leases.asked(session)
+
     def answered(self, session: OpenSession) -> None:
         """The stages of `session` have granted or refused its lease, just now."""
         self._leases.answered(session, self._runtime.loads)

@@ -77,24 +77,34 @@ class Leases:
 
     def __init__(self) -> None:
         self._sessions: weakref.WeakSet[OpenSession] = weakref.WeakSet()
+        self._beside: weakref.WeakKeyDictionary[OpenSession, dict[PeerId, int]]
+        self._beside = weakref.WeakKeyDictionary()
+        """What we held of its stages beside a session when they were asked for it."""
         self._told: dict[PeerId, tuple[float, int]] = {}
         """When a peer told its load, and how many tokens of it were ours."""
 
-    def answered(self, session: OpenSession, loads: Heard) -> None:
-        """The stages of `session` have granted or refused its lease, just now."""
+    def asked(self, session: OpenSession) -> None:
+        """The stages of `session` are asked for a lease, just now.
+
+        Messages keep their order: what is closed after this counts in the answers, however late
+        they are read.
+        """
+        peers = [stage.peer for stage in session.route.stages]
+        self._beside[session] = {peer: self._held(peer, session) for peer in peers}
         self._sessions.add(session)
+
+    def answered(self, session: OpenSession, loads: Heard) -> None:
+        """They have granted or refused it, just now."""
         self._told = {
             peer: told
             for peer, told in self._told.items()
             if peer in loads and loads[peer][0] == told[0]
         }
-        failed = session.machine.failed is not None
         silent = {stage.peer for stage in session.machine.silent}
-        for stage in session.route.stages:
-            peer = stage.peer
+        for peer, beside in self._beside.get(session, {}).items():
             if peer in loads:
-                freed = _leased(session) if failed and peer not in silent else 0
-                self._told[peer] = (loads[peer][0], self._held(peer) + freed)
+                granted = 0 if peer in silent else _leased(session)
+                self._told[peer] = (loads[peer][0], beside + granted)
 
     def corrected(self, loads: Heard) -> dict[PeerId, tuple[float, Load]]:
         """The loads with what we have given back since they were told."""
@@ -107,11 +117,12 @@ class Leases:
                 known[peer] = (heard_s, replace(load, free_kv_tokens=free))
         return known
 
-    def _held(self, peer: PeerId) -> int:
+    def _held(self, peer: PeerId, but: OpenSession | None = None) -> int:
         return sum(
             _leased(session)
             for session in self._sessions
-            if session.machine.failed is None
+            if session is not but
+            and session.machine.failed is None
             and any(stage.peer == peer for stage in session.route.stages)
         )
 

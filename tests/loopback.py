@@ -135,7 +135,7 @@ class TableLedger:
     def expire(self) -> list[SessionKey]:
         return self.tables.expire(self.now)
 
-    def load_now(self) -> Load:
+    def load_now(self, *, prompts: bool = True) -> Load:
         return replace(self.load, free_kv_tokens=self.tables.free_tokens)
 
     def speed_now(self) -> Speed | None:

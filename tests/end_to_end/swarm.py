@@ -140,6 +140,14 @@ def whole_pool_is_free(client: Client, tokens: int) -> bool:
     return True
 
 
+def pool_is_announced_free(client: Client, tokens: int) -> bool:
+    """True if those who have only the directory to go by will find the whole pool free, too."""
+    refresh(client)
+    member, digest = client._client._member, client.spec.digest
+    told = [item.free_kv_tokens for item in member.alive() if item.model == digest]
+    return bool(told) and min(told) >= tokens
+
+
 def patient(call: Callable[[], T], timeout_s: float = 20) -> T:
     """`call` again and again as long as the swarm is said to be full: the word is seconds old."""
     deadline_s = time.monotonic() + timeout_s

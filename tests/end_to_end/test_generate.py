@@ -17,7 +17,13 @@ from hexswarm.blocking import Client, Stream
 from hexswarm.client import AsyncClient
 from hexswarm.errors import SessionClosed, UsageError
 from tests.end_to_end.conftest import POOL
-from tests.end_to_end.swarm import LocalSwarm, patient, until, whole_pool_is_free
+from tests.end_to_end.swarm import (
+    LocalSwarm,
+    patient,
+    pool_is_announced_free,
+    until,
+    whole_pool_is_free,
+)
 
 pytestmark = pytest.mark.end_to_end
 
@@ -262,6 +268,7 @@ def room(tiny_client: Client) -> Iterator[Client]:
     A peer that announced while its pool was in use says so for five seconds at least.
     """
     until(lambda: whole_pool_is_free(tiny_client, POOL), 20, "all KV is free before the test")
+    until(lambda: pool_is_announced_free(tiny_client, POOL), 20, "all peers say so")
     yield tiny_client
     until(lambda: whole_pool_is_free(tiny_client, POOL), 20, "all KV is free after the test")
 

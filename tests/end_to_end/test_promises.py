@@ -8,11 +8,13 @@ from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
+from hexswarm.blocking import Client
 from hexswarm.client import AsyncClient
 from hexswarm.errors import NoRoute, Refused
 from hexswarm.planning import Plan
 from hexswarm.runtime import OpenSession
-from tests.end_to_end.swarm import LocalSwarm
+from tests.end_to_end.conftest import POOL
+from tests.end_to_end.swarm import LocalSwarm, pool_is_announced_free, until
 
 pytestmark = pytest.mark.end_to_end
 
@@ -63,6 +65,12 @@ def alone_s(plan: Plan) -> list[float]:
         head_s = speed.head_s if stage == plan.route.tail else 0.0
         found.append(len(stage.span) * speed.decode_layer_s + head_s)
     return found
+
+
+@pytest.fixture(autouse=True)
+def room(tiny_client: Client) -> None:
+    """Nobody else is there, and new clients can know it."""
+    until(lambda: pool_is_announced_free(tiny_client, POOL), 30, "all peers say that they are free")
 
 
 def test_a_crowd_is_seen_before_it_is_felt(tiny_swarm: LocalSwarm) -> None:

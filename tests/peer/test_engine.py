@@ -189,6 +189,7 @@ def test_steps_that_arrive_during_a_batch_make_the_next_one() -> None:
             b.engine.submit([prompt(B, [1])])
             b.engine.submit([prompt(C, [1])])
             assert b.engine.load_now().queue_s > 0
+            assert b.engine.load_now(prompts=False).queue_s < b.engine.load_now().queue_s
             release.set()
             assert [len(await b.results()) for _ in range(2)] == [1, 2]
 

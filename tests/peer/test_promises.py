@@ -197,7 +197,7 @@ class Ledger(RuleBasedStateMachine):
     def ask(self, session: int, layers: int, tail: bool, share: float, load: Load) -> None:
         step_s = share * expected_step_s(SPEED, load, layers, tail=tail)
         before = dict(self.held)
-        since_s = (self.held | self.resting).get(session, (0, False, 0.0, self.now))[3]
+        since_s = self.held.get(session, (0, False, 0.0, self.now))[3]
         self.held[session] = layers, tail, step_s, since_s
         broken = self.broken(load)
         breach = self.promises.admit(session, layers, tail, step_s, SPEED, load, self.now)

@@ -50,7 +50,7 @@ def test_the_limit_is_shared_out(
     room = 1 + cost.NEVER_MEET * (1 - 1 / len(parts))
     assert sum(asked) == pytest.approx(max(room * (limit_s - ways_s), stays_s), abs=1e-12)
     if len(parts) == 1:
-        assert sum(asked) <= max(limit_s, stays_s), "one stage has nobody to lean on"
+        assert sum(asked) <= max(limit_s, stays_s) * (1 + 1e-9), "one stage has nobody to lean on"
     if stays_s:
         for budget_s, part in zip(asked, parts, strict=True):
             mine_s = part.compute_s + part.queue_s

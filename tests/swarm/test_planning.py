@@ -190,6 +190,24 @@ async def test_what_we_gave_back_is_free_again() -> None:
         assert len(done.ids) == 100
 
 
+@scenario
+async def test_what_was_given_back_while_others_were_asked_is_free_again() -> None:
+    """The answer still counts the lease that ends between the question and itself."""
+    async with client(*THREE) as (w, c):
+        async with c.conversation() as talk:
+            await talk.generate(PROMPT, max_new_tokens=30)
+            await w.settle()
+            asked = asyncio.create_task(c.generate(PROMPT, max_new_tokens=3))
+            await asyncio.sleep(0.005)  # half of a way
+            assert len(c._runtime) == 2
+        await asked
+        await w.settle()
+        told = [load.free_kv_tokens for _, load in c._runtime.loads.values()]
+        assert max(told) < 1024 - 38, "both leases were counted"
+        free = [item.free_kv_tokens for item in (await c.snapshot()).announcements]
+        assert free == [1024, 1024, 1024]
+
+
 def route(*names: str, unmeasured: tuple[tuple[PeerId, PeerId], ...] = ()) -> Route:
     stages = tuple(Stage(PeerId(name), Span(index, index + 1)) for index, name in enumerate(names))
     return Route(stages, 1.0, 1.0, unmeasured=unmeasured)
