@@ -10,7 +10,7 @@ candidates (`select.py`). Stages may use less than their peers hold.
 then all leave it. Remedies for a request with a `spread` (their gains: benchmarks/herd.py):
 
 - *previous*: a client stays on its route of the last request unless another is better by more than
-  `HYSTERESIS`. Hardly changes the times; it stays for the links, which are warm there;
+  `HYSTERESIS`. Gains at a third of the capacity, nothing near it; its links are warm;
 - *perturbed costs*: the cost of each peer is raised by a random share of at most `spread`, so that
   near-equal routes are drawn at random (follow the perturbed leader, Kalai and Vempala 2005). The
   route found costs at most 1 + spread of the best; limits are kept on true times;
