@@ -59,9 +59,6 @@ MEASURE_EVERY_S = 20.0
 YOUNG_S = 60.0
 """A peer that is so young, or knows fewer than two others, measures them more often:"""
 YOUNG_EVERY_S = 2.0
-REST_S = (20.0, 600.0)
-"""A peer without sessions times a step so often: in its first two minutes (the machine may have
-been busy starting when it was probed), later."""
 SHARED_S = 600.0
 """Neighbours with which a session was shared so lately are announced first."""
 
@@ -85,7 +82,7 @@ class Peer:
         self._stop = asyncio.Event()
         self._addresses: tuple[str, ...] = ()
         self._place: Coordinates | None = None
-        self._online_s = self._timed_s = 0.0
+        self._online_s = 0.0
 
     @property
     def peer(self) -> PeerId:
@@ -118,7 +115,7 @@ class Peer:
         self._assemble()
         await self._settle()
         self._state = "online"
-        self._online_s = self._timed_s = self.clock.monotonic()
+        self._online_s = self.clock.monotonic()
         await self._announce()
 
     async def serve(self) -> None:
@@ -265,15 +262,12 @@ class Peer:
             await self._time_at_rest()
 
     async def _time_at_rest(self) -> None:
-        """If nobody uses us: is the announced speed still ours?"""
-        now, served, engine = self.clock.monotonic(), self.served, self.engine
-        every_s = REST_S[now - self._online_s > 2 * YOUNG_S]
-        if engine is None or now - self._timed_s < every_s:
-            return
+        """If nobody uses us, a step of our own tells whether the announced speed is still ours."""
+        served, engine = self.served, self.engine
+        assert engine is not None
         spec, span = served.folder.spec, served.span
         timed = engine.at_rest(lambda run: again(run, span, spec.layers, spec.hidden, served.dtype))
         if timed is not None:
-            self._timed_s = now
             await asyncio.wrap_future(timed)
 
     async def _measure(self, pings: int, within_s: float) -> None:

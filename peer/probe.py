@@ -86,13 +86,11 @@ def measure(
 
 
 def again(run: Callable[[Batch], Any], span: Span, layers: int, hidden: int, dtype: str) -> float:
-    """Seconds of a decode step, the least of a few; only while no session has KV in the pool."""
-    rows, times = _Rows(span, layers, hidden, dtype), []
-    for n in range(STEPS):
-        began = time.perf_counter()
-        run(Batch((rows.row(b"probe", n, 1, False),)))
-        times.append(time.perf_counter() - began)
-    return min(times)
+    """Seconds of a single decode step, now; only while no session has KV in the pool."""
+    row = _Rows(span, layers, hidden, dtype).row(b"probe", CHUNK_TOKENS, 1, False)
+    began = time.perf_counter()
+    run(Batch((row,)))
+    return time.perf_counter() - began
 
 
 class _Rows:

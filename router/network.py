@@ -322,7 +322,11 @@ class Snapshot:
         items = self.of_model(model)
         found = {words.row_of(items, peer): load for peer, load in loads.items()}
         changed = {row: items[row].with_load(found[row]) for row in found if row is not None}
-        return self._replaced(model, changed, now) if changed else replace(self, taken_s=now)
+        if not changed:
+            return replace(self, taken_s=now)
+        after = self._replaced(model, changed, now)
+        # Loads say nothing of ways: those that were made are kept.
+        return replace(after, _tables=replace(after._tables, ways=self._tables.ways))
 
     def with_links(
         self, links: Mapping[Pair, Link], coordinates: Coordinates | None, now: float

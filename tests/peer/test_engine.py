@@ -362,10 +362,11 @@ def test_a_step_is_timed_at_rest_only() -> None:
             b.engine.open(A, 16)
             assert b.engine.at_rest(test) is None
             b.engine.close(A)
-            timed = b.engine.at_rest(test)
-            assert timed is not None
-            await asyncio.wrap_future(timed)
-            assert ran == [(b.runner.run, "hexswarm-device")]
+            for _ in range(3):
+                timed = b.engine.at_rest(test)
+                assert timed is not None
+                await asyncio.wrap_future(timed)
+            assert ran == [(b.runner.run, "hexswarm-device")] * 3
             speed = b.engine.speed_now()
             assert speed is not None
             assert speed.decode_layer_s == pytest.approx(0.012 / 6)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hexswarm.peer.pace import FORGET_S, STEP, SUSTAINED_S, Pace
+from hexswarm.peer.pace import FEW, FORGET_S, REST_FEW, REST_SAMPLES, SAMPLES, STEP, Pace
 from hexswarm.peer.steps import Batch, Row
 from hexswarm.records import Span, Speed
 
@@ -46,44 +46,42 @@ def whole() -> Pace:
 
 def test_the_probe_counts_while_steps_agree() -> None:
     pace = whole()
-    now = run(pace, 600, 1 + STEP / 2)
+    now = run(pace, 60, 1 + STEP / 2)
     assert pace.speed(now) == SPEED
 
 
-def test_a_slow_device_is_announced_after_a_while_and_forgiven_after_another() -> None:
+def test_what_steps_take_is_announced_as_soon_as_there_are_a_few() -> None:
     pace = whole()
-    now = run(pace, 25, 2.0)
-    assert pace.speed(now) == SPEED, "not at once"
-    now = run(pace, 1200, 2.0, now)
+    now = run(pace, 0.05 * (FEW - 2), 2.0)
+    assert pace.speed(now) == SPEED, "not for one odd step"
+    now = run(pace, 1.0, 2.0, now)
     slow = pace.speed(now)
-    assert slow.decode_layer_s == pytest.approx(2 * SPEED.decode_layer_s, rel=0.2)
-    assert slow.prefill_layer_s / SPEED.prefill_layer_s == pytest.approx(
-        slow.decode_layer_s / SPEED.decode_layer_s
-    )
-    now = run(pace, 1200, 1.0, now)
+    assert slow.decode_layer_s == pytest.approx(2 * SPEED.decode_layer_s)
+    assert slow.prefill_layer_s == pytest.approx(2 * SPEED.prefill_layer_s)
+    now = run(pace, 0.05 * SAMPLES, 1.0, now)
     assert pace.speed(now) == SPEED
 
 
-def test_short_troubles_are_not_announced() -> None:
+def test_a_few_late_steps_say_nothing() -> None:
     pace, now = whole(), 0.0
     for _ in range(20):
-        now = run(pace, SUSTAINED_S / 3, 1.5, now)
-        now = run(pace, SUSTAINED_S * 2, 0.95, now)
+        now = run(pace, 0.3, 40.0, now)
+        now = run(pace, 0.5, 1.0, now)
         assert pace.speed(now) == SPEED
 
 
 def test_without_steps_the_probe_counts_again() -> None:
     """Nobody sends steps to a peer that says it is slow: it would stay so for ever."""
     pace = whole()
-    now = run(pace, 1200, 3.0)
-    assert pace.speed(now + FORGET_S - 1) != SPEED
+    now = run(pace, 60, 3.0)
+    assert pace.speed(now + FORGET_S / 2) != SPEED
     assert pace.speed(now + FORGET_S + 1) == SPEED
 
 
 def test_many_rows_and_few_layers_are_no_trouble() -> None:
     """A batch is compared with what the probe says of just such a batch."""
     pace, now = whole(), 0.0
-    for _ in range(20_000):
+    for _ in range(500):
         now += 0.05
         pace.observe(decodes(5), 6 * (0.001 + 4 * 0.0001), now)
         pace.observe(decodes(1, Span(2, 4)), 2 * 0.001, now)
@@ -92,7 +90,7 @@ def test_many_rows_and_few_layers_are_no_trouble() -> None:
 
 def test_the_head_of_a_tail_is_counted() -> None:
     pace, now = Pace(SPEED, Span(6, 12), LAYERS), 0.0
-    for _ in range(20_000):
+    for _ in range(500):
         now += 0.05
         pace.observe(decodes(), 6 * 0.001 + 0.002, now)
     assert pace.speed(now) == SPEED
@@ -113,14 +111,19 @@ def test_whatever_is_seen_the_figures_stay_finite(times_s: list[float]) -> None:
         assert pace.speed(now).decode_layer_s > 0  # Speed checks that it is finite
 
 
-def test_a_test_at_rest_counts_at_once() -> None:
-    """A machine that was busy starting when it was probed, and one that lies in its probe."""
-    pace = whole()
-    pace.rested(0.003, 1.0)
-    assert pace.speed(1.0).decode_layer_s == pytest.approx(SPEED.decode_layer_s / 2)
-    assert pace.speed(1.0).head_s == pytest.approx(SPEED.head_s / 2)
-    pace.rested(0.00605, 2.0)
-    assert pace.speed(2.0) == SPEED, "so near it confirms the probe"
-    pace.rested(0.012, 3.0)
-    assert pace.speed(3.0).decode_layer_s == pytest.approx(2 * SPEED.decode_layer_s)
-    assert pace.speed(3.0 + FORGET_S + 1) == SPEED
+def test_steps_of_its_own_count_while_there_are_no_others() -> None:
+    """A machine that was busy starting when it was probed, and one whose caches were too warm."""
+    pace, now = whole(), 0.0
+    for _ in range(REST_FEW):
+        assert pace.speed(now) == SPEED
+        now += 2.0
+        pace.rested(0.003, now)
+    assert pace.speed(now).decode_layer_s == pytest.approx(SPEED.decode_layer_s / 2)
+    assert pace.speed(now).head_s == pytest.approx(SPEED.head_s / 2)
+    now = run(pace, 5, 1.5, now)
+    assert pace.speed(now).decode_layer_s == pytest.approx(1.5 * SPEED.decode_layer_s)
+    pace.rested(0.003, now)
+    assert pace.speed(now).decode_layer_s == pytest.approx(1.5 * SPEED.decode_layer_s)
+    for _ in range(REST_SAMPLES):
+        pace.rested(0.012, now + FORGET_S)
+    assert pace.speed(now + FORGET_S + 1).decode_layer_s == pytest.approx(2 * SPEED.decode_layer_s)
