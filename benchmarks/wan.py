@@ -260,7 +260,7 @@ def measure(requests: int, tokens: int) -> dict[str, Any]:
     with lab.WideSwarm(say=say) as swarm:
         swarm.start_clients()
         started_s = time.monotonic() - began_s
-        settled_s = swarm.settle()
+        settled_s = swarm.settle(steady=True)
         course = Course(swarm, tokens)
         for line in course.run(cases(requests)):
             say(line)
