@@ -46,6 +46,7 @@ class _Problem(ctypes.Structure):
         *((name, ctypes.c_double) for name in (*_HOP, *_NUMBERS)),
         ("gap", ctypes.c_double),
         ("most_labels", ctypes.c_int64),
+        ("steps", ctypes.c_int64),
     )
 
 
@@ -134,10 +135,13 @@ class Prepared:
         self._pointer = pointer
         weakref.finalize(self, _library().hexswarm_release, pointer)
 
-    def search(self, problem: Problem, most_labels: int, gap: float = 0.0) -> Found | None:
+    def search(
+        self, problem: Problem, most_labels: int, *, steps: int = 6, gap: float = 0.0
+    ) -> Found | None:
         """Peers, ends, (price, t, a, open, slowest) and whether proven; None: there is no ring.
 
-        Without peers the search gave up: there may be one. `problem` is the prepared one but for
+        Without peers the search gave up: there may be one. `steps` are those of the secant for a
+        multiplier; a ring within `gap` of the best, relative, will do. `problem` is the prepared one but for
         price, weights and limits. Not for two threads at once.
         """
         asked, answer = self._asked, _Answer()
@@ -152,7 +156,7 @@ class Prepared:
             setattr(asked, name, array.ctypes.data)
         for name in _NUMBERS:
             setattr(asked, name, getattr(problem, name))
-        asked.gap, asked.most_labels = gap, most_labels
+        asked.gap, asked.most_labels, asked.steps = gap, most_labels, steps
         _library().hexswarm_search(self._pointer, ctypes.byref(asked), ctypes.byref(answer))
         if answer.status == _NONE:
             return None

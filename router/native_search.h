@@ -194,7 +194,7 @@ static double find_lambda(Search *s, double *spare, Followed cheap, int on_t, do
     if ((on_t ? high.t : high.a) <= limit) return 0;
     cost_to_go(s, spare, 0, on_t, !on_t, head, box);
     low = follow(s, spare, 0, on_t, !on_t, head, box, best);
-    for (int step = 0; low.ok && step < (box ? 3 : 6); step++) {
+    for (int step = 0; low.ok && step < (box ? 3 : p->steps); step++) {
         double low_r = on_t ? low.t : low.a, high_r = on_t ? high.t : high.a;
         double low_c = low.sum + base * low.t, high_c = high.sum + base * high.t;
         if (high_r - low_r <= 1e-12 || low_c <= high_c) break;
@@ -492,25 +492,35 @@ static int make_a_tables(Search *s) {
 /* A label for each head, bounded without a table of its own: those are made when it comes first. */
 static int push_heads(Search *s, Best *best) {
     const Problem *p = s->p;
-    Tables loose = {0};
-    loose.cost = malloc((size_t)(2 * s->states + 1) * sizeof(double));
-    if (!loose.cost) return 0;
-    loose.t = loose.cost + s->states;
-    cost_to_go(s, loose.cost, p->weight_price, p->weight_t, p->weight_a, -1, NULL);
-    if (p->limit_t < INFINITY) cost_to_go(s, loose.t, 0, 1, 0, -1, NULL);
-    int ok = 1;
-    for (int j = 0; ok && j < s->from[1]; j++) {
+    if (!s->loose.cost) {
+        s->loose.cost = malloc((size_t)(3 * s->states + 1) * sizeof(double));
+        if (!s->loose.cost) return 0;
+        s->loose.t = s->loose.cost + s->states;
+        cost_to_go(s, s->loose.cost, p->weight_price, p->weight_t, p->weight_a, -1, NULL);
+        if (p->limit_t < INFINITY) cost_to_go(s, s->loose.t, 0, 1, 0, -1, NULL);
+    }
+    for (int j = 0; j < s->from[1]; j++) {
         int head = s->holders[j];
         Label x = {0};
         x.peer = head, x.head = head, x.parent = -1, x.next = -1;
         x.a = p->a_begin[head], x.open = p->open_stage[head];
-        if (!bounded(s, &loose, &x, best)) continue;
+        if (!bounded(s, &s->loose, &x, best)) continue;
         Label *stored = new_label(s);
-        ok = stored != NULL;
-        if (ok) *stored = x, ok = push(s, (int32_t)(s->count - 1));
+        if (!stored) return 0;
+        *stored = x;
+        if (!push(s, (int32_t)(s->count - 1))) return 0;
     }
-    free(loose.cost);
-    return ok;
+    return 1;
+}
+
+/* The multipliers that suit one head bound the rings of the others too. */
+static void tighten_loose(Search *s, const Tables *tables) {
+    const Problem *p = s->p;
+    if (s->loose.dual || !tables->dual) return;
+    s->loose.dual = s->loose.t + s->states;
+    s->loose.lambda_t = tables->lambda_t, s->loose.lambda_a = tables->lambda_a;
+    cost_to_go(s, s->loose.dual, p->weight_price, p->weight_t + tables->lambda_t,
+               p->weight_a + tables->lambda_a, -1, NULL);
 }
 
 static void tell(const Best *best, Answer *answer) {
@@ -535,11 +545,13 @@ static int64_t look(Search *s, Best *best, int64_t most_labels, Answer *answer) 
         Tables *tables = s->tables + (s->any_head ? 0 : label->head);
         if (!label->depth && !label->seen) { /* bounded as any head may be: now as this one */
             label->seen = 1;
+            if (!tables->cost && !bounded(s, &s->loose, label, best)) continue;
             answer->heads += !tables->cost;
             if (!tables->cost && !make_tables(s, tables, s->any_head ? -1 : label->head, best))
                 status = NO_MEMORY;
             else if (bounded(s, tables, s->labels + index, best) && !push(s, index))
                 status = NO_MEMORY;
+            tighten_loose(s, tables);
             continue;
         }
         if (s->count > most_labels) status = FOUND_UNPROVEN;
@@ -568,8 +580,8 @@ static int64_t run(Search *s, const Problem *p, Answer *answer) {
         status = make_boxes(s) ? look(s, &best, p->most_labels, answer) : NO_MEMORY;
     }
     for (int64_t i = 0; i < p->peers; i++) free(s->tables[i].cost);
-    free(s->tables);
-    s->tables = NULL;
+    free(s->tables), free(s->loose.cost);
+    s->tables = NULL, s->loose = (Tables){0};
     if (status == NO_MEMORY) return status;
     if (!best.stages) return status == FOUND ? NONE : GAVE_UP;
     tell(&best, answer);

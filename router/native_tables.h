@@ -22,7 +22,7 @@ typedef struct {
     double weight_price, weight_t, weight_a, weight_max, more_chunks;
     double limit_t, limit_a;
     double gap; /* relative: a ring this near to the best will do */
-    int64_t most_labels;
+    int64_t most_labels, steps; /* of the secant for a multiplier */
 } Problem;
 
 typedef struct {
@@ -77,6 +77,7 @@ typedef struct {
     BoxTables in_box;
     int any_head; /* the closing link weighs next to nothing: tables and labels of all heads are alike */
     Tables *tables; /* [peers]: of each head that came to the front */
+    Tables loose;   /* of any head: decides whether a head gets tables of its own */
     double *open_later; /* [layers + 1]: the rest of a ring opens no faster than this */
     Label *labels;
     int64_t count, room;

@@ -175,7 +175,8 @@ class Solver:
         if self._native is None:
             most = UNLIMITED if self._small else int(effort * PYTHON_SHARE)
             return solve_python(problem, most)
-        found = self._native.search(problem, UNLIMITED if self._small else effort)
+        steps = 2 if effort == QUICK else 6
+        found = self._native.search(problem, UNLIMITED if self._small else effort, steps=steps)
         if found is None:
             return Nothing(proven=True)
         peers, ends, (price, t, a, opening, slowest), proven = found
