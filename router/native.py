@@ -141,8 +141,8 @@ class Prepared:
         """Peers, ends, (price, t, a, open, slowest) and whether proven; None: there is no ring.
 
         Without peers the search gave up: there may be one. `steps` are those of the secant for a
-        multiplier; a ring within `gap` of the best, relative, will do. `problem` is the prepared one but for
-        price, weights and limits. Not for two threads at once.
+        multiplier; a ring within `gap` of the best, relative, will do. `problem` is the prepared
+        one but for price, weights and limits. Not for two threads at once.
         """
         asked, answer = self._asked, _Answer()
         count = len(problem.first)

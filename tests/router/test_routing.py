@@ -244,7 +244,7 @@ def test_times_by_hand() -> None:
     # 452 / 8 = 56.5 tokens a chunk: 64 KiB of activations are 56, so eight chunks.
     count, tokens = cost.chunks(replace(REQUEST, prompt_tokens=452))
     assert (count, tokens) == (8, 56.5)
-    chunks = [6 * (d + tokens * (p - d / 128)) for d, p in ((0.001, 0.0001), (0.002, 0.0002))]
+    chunks = [tokens * 6 * 0.0001, tokens * 6 * 0.0002]  # above 6 ms and 12 ms: weights are read
     first = 0.001 + sum(chunks) + hop + tokens * 1152e-6
     slowest = max(chunks)
     opening = max(0.1 + 0.02, 0.2 * 7)  # A is warm and linked to B; B is not
@@ -300,7 +300,7 @@ def test_an_impossible_limit_is_told_with_the_best_there_is() -> None:
     assert error.value.binding == "tpot"
     assert error.value.achievable["tpot_s"] == pytest.approx(0.014)
     with pytest.raises(
-        NoRoute, match=r"first token takes 0\.0365 s, the limit is 0\.01 s"
+        NoRoute, match=r"first token takes 0\.0264 s, the limit is 0\.01 s"
     ) as error:
         route([peer(A, 0, 12)], ttft_s=0.01)
     assert error.value.binding == "ttft"
