@@ -60,55 +60,6 @@ PIECES = 8
 """A prompt is cut into at most so many chunks for overlap (peer/scheduler.py), unless they would be
 larger than `chunk_tokens`."""
 
-DIAL_ROUND_TRIPS if cold)
-                            + the same from there to the next stage, which it asks only once)
-         + client -> head + first chunk through all stages and hops + (m - 1) x slowest element
-         + head_s + tail -> client
-
-*Percentiles.* Each element has a median and a 95th percentile; other percentiles lie on the line
-through both that a normal distribution would give. The percentile of a sum is taken to be the sum
-of the percentiles, as if all went wrong together. For independent elements that is too much, but
-load makes them go wrong together, and a limit that was promised is worth more than one that was
-narrowly missed. Route.ttft_s and tpot_s are medians.
-
-*Price* is what a route takes from others, in layers of an idle peer: for each layer, and once more
-for each stage (a place in its batch, two streams, one more peer that may fail), 1 / ((1 - busy) x
-(1 - share of KV in use)). So busy peers are left to those whose limits need them. Of routes with
-one price the faster is taken, by `TIE_PER_S`.
-
-Petals' rule (a constant of 18 ms for each hop, half a round trip for unknown links, no queue, no
-bytes, no closing link) was rejected: it prices a path that the tokens do not take. So was a charge
-per node of its time for one layer (Parallax), which prefers one slow peer to two fast ones.
-"""
-
-from __future__ import annotations
-
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from statistics import NormalDist
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
-
-from hexswarm.errors import UsageError
-from hexswarm.records import Announcement, Link, PeerId, RouteRequest, Stage
-from hexswarm.router.columns import Columns
-from hexswarm.router.network import Snapshot
-from hexswarm.router.search import Problem
-
-HOP_S = 0.0002
-"""Seconds of framing, encryption and wake-ups for one small message one way: half of the 0.40 ms
-that an echo of 16 KB takes on loopback through our streams."""
-
-PIECES = 8
-"""A prompt is cut into at most so many chunks for overlap (peer/scheduler.py), unless they would be
-larger than `chunk_tokens`."""
-
-PROBED_TOKENS = 128
-"""Tokens of the chunk on which a peer measures `prefill_layer_s` (peer/probe.py)."""
-
 DIAL_ROUND_TRIPS = 6.0
 """Round trips before a new link carries its first message: 4.4-5.1 were measured for a stream of a
 new libp2p connection over 80 ms; the second lane and our greeting add one."""
