@@ -17,7 +17,7 @@ STEP, BULK = 0, 1
 
 @dataclass(frozen=True, slots=True)
 class Dial:
-    """Have a link to `peer`, then report `dialled(session, epoch, ok)`."""
+    """Have a link to `peer`, then report `dialled(session, epoch, ok, now)`."""
 
     session: SessionKey
     epoch: int
