@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +16,8 @@ from hexswarm.router import native, search
 from hexswarm.router.network import Ways
 from hexswarm.router.search import Nothing, Problem, Ring, Solver, evaluate, solve_python
 from hexswarm.router.select import Census, through, through_python
+
+Solve = Callable[[Problem], Ring | Nothing]
 
 compiled = pytest.mark.skipif(not native.available(), reason="the native search was not compiled")
 
@@ -117,6 +119,33 @@ def test_no_ring_is_cheaper_and_none_is_missed(seed: int, count: int, layers: in
     least = min(costs, default=math.inf)
     assert cost(problem, solve_python(problem)) == pytest.approx(least, rel=1e-9)
     assert cost(problem, search.solve(problem)) == pytest.approx(least, rel=1e-9)
+
+
+@pytest.mark.parametrize("form", [solve_python, search.solve])
+def test_a_better_label_that_used_up_a_peer_does_not_strike_out_another(form: Solve) -> None:
+    """0, then 1 or 2, then 3, then 1: to come to 3 by way of 1 is quicker, and then 1 is gone."""
+    spans = [(0, 1), (1, 4), (1, 2), (2, 3)]
+    seconds = np.array([0.1, 1.0, 2.0, 0.1])
+    problem = replace(
+        random_problem(0, 4, 4),
+        first=np.array([first for first, _ in spans], dtype=np.int32),
+        end=np.array([end for _, end in spans], dtype=np.int32),
+        t_layer=seconds,
+        t_enter=np.zeros(4),
+        t_finish=np.zeros(4),
+        weight_t=1.0,
+        ways=Ways(
+            *(np.zeros((4, 4)) for _ in range(3)), np.ones((4, 4), bool), np.ones((4, 4), bool)
+        ),
+        hop_fixed=0.0,
+    )
+    # Alone, 1 takes its three layers in 3.0 + 0.1; 2, 3 and 1 take 0.1 + 2.0 + 0.1 + 1.0 = 3.2.
+    assert cost(problem, form(problem)) == pytest.approx(3.1)
+    slow = replace(problem, t_layer=np.array([0.1, 1.3, 1.4, 0.1]))
+    found = form(slow)
+    assert isinstance(found, Ring)
+    assert found.peers == (0, 2, 3, 1)
+    assert cost(slow, found) == pytest.approx(0.1 + 1.4 + 0.1 + 1.3)
 
 
 @compiled
