@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -38,19 +39,22 @@ FULL_SHARE = 0.05
 """By how much a full node counts slower in the cost per layer."""
 
 
-class Shortest:
+class Shortest(ABC):
     """A policy that takes a shortest path over servers that are left at the end of their span."""
 
     def __init__(self, world: World) -> None:
         self.world = world
 
+    @abstractmethod
     def serve_s(self, item: Announcement, layers: int) -> float:
-        raise NotImplementedError
+        """What the rule counts for these layers at a server."""
 
     def enter_s(self, item: Announcement, request: Request) -> float:
         return 0.0
 
-    def told(self, now: float, client: int, loads: dict[int, Load], *, opened: bool) -> None:
+    def told(  # noqa: B027  a hook that may stay empty
+        self, now: float, client: int, loads: dict[int, Load], *, opened: bool
+    ) -> None:
         """Loads told at opening are ours alone."""
 
     def route(

@@ -2,7 +2,7 @@
 
 Loaded by ctypes, which gives the interpreter's lock back during the call. The extension is an
 optional part of the installation; without a C compiler `available()` is False and `search.py` and
-`select.py` do the same in Python, 50 times slower.
+`select.py` do the same in Python, ten to a thousand times slower.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ class _Problem(ctypes.Structure):
         ("end", ctypes.c_void_p),
         *((name, ctypes.c_void_p) for name in (*_BY_PEER, *_BY_PAIR, "linked")),
         *((name, ctypes.c_double) for name in (*_HOP, *_NUMBERS)),
-        ("gap", ctypes.c_double),
         ("most_labels", ctypes.c_int64),
         ("steps", ctypes.c_int64),
     )
@@ -135,14 +134,12 @@ class Prepared:
         self._pointer = pointer
         weakref.finalize(self, _library().hexswarm_release, pointer)
 
-    def search(
-        self, problem: Problem, most_labels: int, *, steps: int = 6, gap: float = 0.0
-    ) -> Found | None:
+    def search(self, problem: Problem, most_labels: int, *, steps: int = 6) -> Found | None:
         """Peers, ends, (price, t, a, open, slowest) and whether proven; None: there is no ring.
 
         Without peers the search gave up: there may be one. `steps` are those of the secant for a
-        multiplier; a ring within `gap` of the best, relative, will do. `problem` is the prepared
-        one but for price, weights and limits. Not for two threads at once.
+        multiplier. `problem` is the prepared one but for price, weights and limits. Not for two
+        threads at once.
         """
         asked, answer = self._asked, _Answer()
         count = len(problem.first)
@@ -156,7 +153,7 @@ class Prepared:
             setattr(asked, name, array.ctypes.data)
         for name in _NUMBERS:
             setattr(asked, name, getattr(problem, name))
-        asked.gap, asked.most_labels, asked.steps = gap, most_labels, steps
+        asked.most_labels, asked.steps = most_labels, steps
         _library().hexswarm_search(self._pointer, ctypes.byref(asked), ctypes.byref(answer))
         if answer.status == _NONE:
             return None

@@ -93,7 +93,7 @@ static int dominated(Search *s, const Label *new, int32_t bucket) {
 
 /* The best ring so far. */
 typedef struct {
-    double value, enough; /* what a bound must undercut: value less the gap */
+    double value; /* what a bound must undercut */
     double price, t, a, open, slowest;
     int32_t stages, peer[MAX_STAGES], end[MAX_STAGES];
 } Best;
@@ -104,7 +104,7 @@ static int improves(const Problem *p, Best *best, double price, double t, double
     if (t > p->limit_t || a + open + p->more_chunks * slow > p->limit_a) return 0;
     double value = objective(p, price, t, a, open, slow);
     if (!(value < best->value)) return 0;
-    best->value = value, best->enough = value - p->gap * fabs(value);
+    best->value = value;
     best->price = price, best->t = t, best->a = a, best->open = open, best->slowest = slow;
     return 1;
 }
@@ -245,7 +245,7 @@ static int bounded(const Search *s, const Tables *tables, Label *x, const Best *
         if (bound < low) low = bound;
     }
     x->bound = low;
-    return low < best->enough;
+    return low < best->value;
 }
 
 static void remember(const Search *s, Best *best, int32_t label, int32_t end) {
@@ -398,10 +398,10 @@ static int make_box_tables(Search *s, Best *best) {
         int b = 0; /* the most promising box: what it gives may end the others */
         for (int i = 1; i < s->count_boxes; i++)
             if (roots[i] < roots[b]) b = i;
-        s->in_box.dead[b] = roots[b] >= best->enough;
+        s->in_box.dead[b] = roots[b] >= best->value;
         if (!s->in_box.dead[b] && p->limit_a < INFINITY) {
             refine_box(s, b, cheap[b], best);
-            s->in_box.dead[b] = root_bound(s, b) >= best->enough;
+            s->in_box.dead[b] = root_bound(s, b) >= best->value;
         }
         roots[b] = INFINITY;
     }
@@ -540,7 +540,7 @@ static int64_t look(Search *s, Best *best, int64_t most_labels, Answer *answer) 
     while (status == FOUND && s->heaped) {
         int32_t index = pop(s);
         Label *label = s->labels + index;
-        if (label->bound >= best->enough) break;
+        if (label->bound >= best->value) break;
         if (label->dead) continue;
         Tables *tables = s->tables + (s->any_head ? 0 : label->head);
         if (!label->depth && !label->seen) { /* bounded as any head may be: now as this one */
@@ -558,7 +558,7 @@ static int64_t look(Search *s, Best *best, int64_t most_labels, Answer *answer) 
         while (status == FOUND && index >= 0) { /* dive: a good ring early makes the rest short */
             index = expand(s, index, tables, best);
             if (index == -2) status = NO_MEMORY;
-            if (index >= 0 && (s->labels[index].dead || s->labels[index].bound >= best->enough)) break;
+            if (index >= 0 && (s->labels[index].dead || s->labels[index].bound >= best->value)) break;
         }
     }
     answer->labels += s->count;
@@ -567,7 +567,7 @@ static int64_t look(Search *s, Best *best, int64_t most_labels, Answer *answer) 
 
 /* First without boxes, which is enough for most problems, then with them. */
 static int64_t run(Search *s, const Problem *p, Answer *answer) {
-    Best best = {.value = INFINITY, .enough = INFINITY};
+    Best best = {.value = INFINITY};
     s->p = p;
     s->count_boxes = 1, s->boxed = 0;
     s->boxes[0] = (Box){0, INFINITY, 0, INFINITY};

@@ -21,7 +21,6 @@ typedef struct {
     double hop_fixed, late, t_bytes, a_bytes, dial;              /* see Problem in search.py */
     double weight_price, weight_t, weight_a, weight_max, more_chunks;
     double limit_t, limit_a;
-    double gap; /* relative: a ring this near to the best will do */
     int64_t most_labels, steps; /* of the secant for a multiplier */
 } Problem;
 

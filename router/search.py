@@ -62,8 +62,9 @@ SMALL = 32
 
 EXACT, GOOD, QUICK = 20_000, 3_000, 300
 """Labels made in larger swarms before the best ring found has to do: in the search for the answer
-(0.1 s; one in twenty random swarms of 200 peers with a tight limit on the first token needs more),
-for one that is drawn at random anyway, and for a spare."""
+(0.1 s; 8 of 40 requests with a tight limit on the first token in swarms of 200 peers, and 3 of 40
+with both limits, needed more, none of the others), for one that is drawn at random anyway, and for
+a spare."""
 
 PYTHON_SHARE = 0.1
 """So much of that without the native search, where a label takes 20-50 us."""
