@@ -3,8 +3,8 @@
 `find_route` is a pure function of a snapshot and a request: of all routes of peers that the request
 may use (`candidates.py`), whose predicted times (`cost.py`) keep the request's limits at its
 percentile, the one of lowest price; without limits the one that has the whole answer soonest. The
-search is exact (`search.py`); in swarms of more than `EXACT_PEERS` it runs over the most promising
-candidates (`select.py`). Stages may use less than their peers hold.
+search is exact unless it is cut short (`search.py`); in swarms of more than `EXACT_PEERS` it runs
+over the most promising candidates (`select.py`). Stages may use less than their peers hold.
 
 *No herd.* Clients decide on views that are seconds old, so all would take the same best route, and
 then all leave it. Remedies for a request with a `spread` (their gains: benchmarks/herd.py):
