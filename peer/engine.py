@@ -342,4 +342,5 @@ def _whole(step: Step) -> Row:
         blocks=(),
         turn=step.turn,
         span=step.span,
+        epoch=step.epoch,
     )

@@ -307,6 +307,7 @@ class Scheduler:
             span=step.span,
             policy=step.policy,
             ready_s=pending.ready_s,
+            epoch=step.epoch,
         )
 
 

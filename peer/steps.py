@@ -36,6 +36,8 @@ class Step:
     """The layers that this session uses here (partial entry); None for all that the peer holds."""
     policy: TailPolicy | None = None
     """At the tail: how to end a sampled step; None elsewhere."""
+    epoch: int = 0
+    """Of the route for which it came; what an abandoned one left behind is told apart by it."""
 
     @property
     def decode(self) -> bool:
@@ -70,6 +72,7 @@ class Row:
     ready_s: float = 0.0
     """When it could first have been computed: it had arrived, and what its session asked for
     before was done."""
+    epoch: int = 0
 
     @property
     def decode(self) -> bool:

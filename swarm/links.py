@@ -245,6 +245,11 @@ class Links:
             return True
         return False
 
+    def silent_s(self, peer: PeerId) -> float:
+        """Seconds since anything came from `peer` that we could have heard; inf without a link."""
+        now = self._clock.monotonic()
+        return min((now - link.heard_s for link in self._links.get(peer, ())), default=math.inf)
+
     def idle_since_s(self, peer: PeerId) -> float:
         """When a session last had to do with `peer`, -inf for never."""
         return max((link.used_s for link in self._links.get(peer, ())), default=-math.inf)

@@ -25,7 +25,7 @@ import msgpack
 from hexswarm.errors import LocalProtocolError, RemoteProtocolError, UsageError
 from hexswarm.records import DTYPES, Load, PeerId, Sampling, Span
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_HEADER_BYTES = 8192
 """An `Open` with eight addresses needs about 1 kB."""
 
@@ -154,7 +154,8 @@ class Open(Message):
     The head's predecessor is the tail (the client may always feed the head); the tail's
     successor is the head. An empty `successor` at the tail asks for logits to the client instead
     of a ring (client loop). Sent again with the same epoch it prolongs the lease to `kv_tokens`;
-    with a higher epoch it rewires the session, whose KV stays.
+    with a higher epoch it rewires the session: its KV stays, its steps that are not yet sent on
+    are forgotten, and it stands still until `Resume` (see `hexswarm.session`).
     """
 
     KIND: ClassVar[int] = 3
@@ -191,6 +192,10 @@ class Opened(Message):
     rows: float = _wire(_amount, default=0.0)
     busy: float = _wire(_share, default=0.0)
     free_kv_tokens: int = _wire(_integer(0, 1 << 40), default=0)
+    cached: int = _wire(_position, default=0)
+    """Positions [0, cached) are computed here and were sent on: their KV is kept."""
+    journal: int = _wire(_position, default=0)
+    """Outputs of positions [journal, cached) can be sent again."""
 
     @property
     def load(self) -> Load:
@@ -329,7 +334,8 @@ class Close(Message):
 class Failed(Message):
     """Stage to client: the session cannot go on here.
 
-    `code`: lost (of `peer`, the neighbour), gap, full, input, engine, expired, unknown, draining.
+    `code`: lost (of `peer`, the neighbour), gap, full, input, conflict (a step came again with
+    other content), engine, expired, unknown, draining.
     """
 
     KIND: ClassVar[int] = 13
@@ -422,12 +428,58 @@ class Traced(Message):
     """Of the `Trace` that this answers."""
 
 
+@dataclass(frozen=True, slots=True)
+class Resume(Message):
+    """Client to stage, once all stages have granted an epoch: how the session goes on after a loss.
+
+    The stage crops its KV to `start` and expects input from there on. What it has in its journal
+    from `send_from` to `start` it sends to the successor now, and what it computes from then on, if
+    it is not below `send_from`: the successor has that. The session's tokens are known up to `end`:
+    the row before it is the last step, after which the tail chooses.
+    """
+
+    KIND: ClassVar[int] = 21
+    session: bytes = _wire(_session)
+    epoch: int = _wire(_small)
+    turn: int = _wire(_small)
+    start: int = _wire(_position)
+    send_from: int = _wire(_position)
+    end: int = _wire(_position)
+
+
+@dataclass(frozen=True, slots=True)
+class AskProgress(Message):
+    """Client to stage: how far are you? The answer is `Progress`."""
+
+    KIND: ClassVar[int] = 22
+    session: bytes = _wire(_session)
+    epoch: int = _wire(_small)
+    nonce: int = _wire(_integer(0, (1 << 63) - 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Progress(Message):
+    """Where a stage stands: who waits for whom, and who is slow, can be told from all of them."""
+
+    KIND: ClassVar[int] = 23
+    session: bytes = _wire(_session)
+    epoch: int = _wire(_small)
+    nonce: int = _wire(_integer(0, (1 << 63) - 1))
+    received: int = _wire(_position)
+    """Input of positions [0, received) has arrived."""
+    done: int = _wire(_position)
+    """Output of positions [0, done) was sent on."""
+    step_s: float = _wire(_amount)
+    """Mean seconds from arrival to sending on of the last decode steps; 0 if there were none."""
+
+
 _KINDS: dict[int, type[Message]] = {
     kind.KIND: kind
     for kind in (
         *(Hello, Ping, Pong, Open, Opened, Refuse, Generate, Tokens, Hidden),
         *(Token, Logits, Cancel, Close, Failed, GoAway),
         *(Measure, Measured, Probe, Probed, Trace, Traced),
+        *(Resume, AskProgress, Progress),
     )
 }
 _FIELDS = {

@@ -168,7 +168,7 @@ async def test_another_protocol_version_is_refused_and_both_know_why() -> None:
     async with nodes(A) as (a,):
         other = a.network.transport(B)
         await other.listen(future)
-        with pytest.raises(PeerLost, match="another protocol: protocol version 2 instead of 1"):
+        with pytest.raises(PeerLost, match="another protocol: protocol version 3 instead of 2"):
             await a.links.connect(B, ())
         stream = await other.dial(A)
         await hello(stream, STEP, version=PROTOCOL_VERSION + 1)
