@@ -38,7 +38,7 @@ per node of its time for one layer (Parallax), which prefers one slow peer to tw
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -49,7 +49,7 @@ from numpy.typing import NDArray
 from hexswarm.errors import UsageError
 from hexswarm.records import Announcement, Link, PeerId, RouteRequest, Stage
 from hexswarm.router.columns import Columns
-from hexswarm.router.network import Snapshot
+from hexswarm.router.network import Snapshot, Ways
 from hexswarm.router.search import Problem
 
 HOP_S = 0.0002
@@ -85,6 +85,8 @@ TIE_PER_S = 1e-6
 _TO_P95 = NormalDist().inv_cdf(0.95)
 
 Floats = NDArray[np.float64]
+Peers = tuple[int, ...]
+"""By their place in a problem."""
 
 
 def lateness(percentile: float) -> float:
@@ -176,24 +178,44 @@ def peer_times(
     )
 
 
-def client_times(
-    snapshot: Snapshot, request: RouteRequest, rows: NDArray[np.intp], late: float
-) -> tuple[Floats, Floats]:
-    """Seconds one way between client and peers, and to open a stage there.
+@dataclass(frozen=True, slots=True)
+class ClientWays:
+    """The ways between the client and the chosen peers."""
 
-    A client without a place is everywhere at once.
-    """
-    rtt_s = jitter_s = np.zeros(len(rows))
-    if request.client is not None:
-        rtt_s, jitter_s, _ = snapshot.client_ways(request.client, request.model, rows)
+    rtt_s: Floats
+    jitter_s: Floats
+    known: NDArray[np.bool_]
+
+
+def client_ways(snapshot: Snapshot, request: RouteRequest, rows: NDArray[np.intp]) -> ClientWays:
+    """A client without a place is everywhere at once."""
+    if request.client is None:
+        return ClientWays(np.zeros(len(rows)), np.zeros(len(rows)), np.ones(len(rows), np.bool_))
+    return ClientWays(*snapshot.client_ways(request.client, request.model, rows))
+
+
+def client_times(
+    snapshot: Snapshot,
+    request: RouteRequest,
+    rows: NDArray[np.intp],
+    late: float,
+    ways: ClientWays | None = None,
+) -> tuple[Floats, Floats]:
+    """Seconds one way between client and peers, and to open a stage there."""
+    ways = ways or client_ways(snapshot, request, rows)
     columns = snapshot.columns(request.model)
     cold = np.ones(len(columns.peers))
     cold[[columns.index[peer] for peer in request.warm if peer in columns.index]] = 0.0
-    return _way(rtt_s, jitter_s, late), _opening(rtt_s, jitter_s, cold[rows], late)
+    one_way = _way(ways.rtt_s, ways.jitter_s, late)
+    return one_way, _opening(ways.rtt_s, ways.jitter_s, cold[rows], late)
 
 
 def build_problem(
-    snapshot: Snapshot, request: RouteRequest, rows: NDArray[np.intp], barred: Any = False
+    snapshot: Snapshot,
+    request: RouteRequest,
+    rows: NDArray[np.intp],
+    barred: Any = False,
+    clients: ClientWays | None = None,
 ) -> Problem:
     """The search for the best route over the chosen rows of the model's columns.
 
@@ -206,7 +228,7 @@ def build_problem(
     ways = snapshot.ways(request.model, rows)
     count, tokens = chunks(request)
     time = peer_times(columns, request, rows, late)
-    to_client, opening = client_times(snapshot, request, rows, late)
+    to_client, opening = client_times(snapshot, request, rows, late, clients)
     price = price_per_layer(
         columns.busy[rows], columns.free_kv_tokens[rows], columns.kv_tokens[rows]
     )
@@ -279,33 +301,71 @@ class Known:
     """What a snapshot knows of one route, looked up once."""
 
     items: tuple[Announcement, ...]
-    ways: tuple[Link, ...]
+    rtt_s: Sequence[float]
     """From each stage to the next, from the tail to the head; none in a ring of one stage."""
-    linked: tuple[bool, ...]
+    jitter_s: Sequence[float]
+    s_per_byte: Sequence[float]
+    linked: Sequence[bool]
     """Whether the two ends of each of these ways keep a link."""
-    clients: tuple[Link, ...]
+    client_rtt_s: Sequence[float]
     """Between the client and each stage."""
+    client_jitter_s: Sequence[float]
     unmeasured: tuple[tuple[PeerId, PeerId], ...]
 
 
 def look_up(snapshot: Snapshot, request: RouteRequest, stages: Sequence[Stage]) -> Known:
     """Raises UsageError for a peer that announces nothing."""
     peers = [stage.peer for stage in stages]
-    pairs = list(zip(peers, [*peers[1:], peers[0]], strict=True)) if len(peers) > 1 else []
+    pairs = _around(peers)
     asked = [] if request.client is None else [(request.client, peer) for peer in peers]
     ways = [snapshot.known_link(*pair) for pair in pairs]
     clients = [snapshot.known_link(*pair) for pair in asked]
+    to_client = [link for link, _ in clients] or [Link(0.0)] * len(peers)
     return Known(
-        tuple(snapshot.announcement(request.model, peer) for peer in peers),
-        tuple(link for link, _ in ways),
-        tuple(snapshot.linked(*pair) for pair in pairs),
-        tuple(link for link, _ in clients) or (Link(0.0),) * len(peers),
-        tuple(
+        items=tuple(snapshot.announcement(request.model, peer) for peer in peers),
+        rtt_s=[link.rtt_s for link, _ in ways],
+        jitter_s=[link.jitter_s for link, _ in ways],
+        s_per_byte=[1 / link.bytes_per_s for link, _ in ways],
+        linked=[snapshot.linked(*pair) for pair in pairs],
+        client_rtt_s=[link.rtt_s for link in to_client],
+        client_jitter_s=[link.jitter_s for link in to_client],
+        unmeasured=tuple(
             pair
             for pair, (_, origin) in zip((*pairs, *asked), (*ways, *clients), strict=True)
             if origin == "unmeasured"
         ),
     )
+
+
+def look_up_in(
+    ways: Ways, clients: ClientWays, request: RouteRequest, items: Sequence[Announcement], at: Peers
+) -> Known:
+    """`look_up` for the announcements `items` of the peers `at`, in the order of matrices that were
+    made for a search: a fifth of the time."""
+    peers = [item.peer for item in items]
+    pairs = _around(peers)
+    hops = (list(at), [*at[1:], at[0]]) if pairs else ([], [])
+    chosen = list(at)
+    unmeasured = [pair for pair, known in zip(pairs, ways.known[hops], strict=True) if not known]
+    if request.client is not None:
+        known = clients.known[chosen].tolist()
+        ends = zip(peers, known, strict=True)
+        unmeasured += [(request.client, peer) for peer, known in ends if not known]
+    return Known(
+        items=tuple(items),
+        rtt_s=ways.rtt_s[hops].tolist(),
+        jitter_s=ways.jitter_s[hops].tolist(),
+        s_per_byte=ways.s_per_byte[hops].tolist(),
+        linked=ways.linked[hops].tolist(),
+        client_rtt_s=clients.rtt_s[chosen].tolist(),
+        client_jitter_s=clients.jitter_s[chosen].tolist(),
+        unmeasured=tuple(unmeasured),
+    )
+
+
+def _around(peers: Sequence[PeerId]) -> list[tuple[PeerId, PeerId]]:
+    """The ways of the ring."""
+    return list(zip(peers, [*peers[1:], peers[0]], strict=True)) if len(peers) > 1 else []
 
 
 def elements(
@@ -318,19 +378,25 @@ def elements(
 def _elements(
     known: Known, request: RouteRequest, stages: Sequence[Stage], late: float
 ) -> list[Element]:
-    found = []
+    return [Element(*parts) for parts in _per_token(known, request, stages, late)]
+
+
+def _per_token(
+    known: Known, request: RouteRequest, stages: Sequence[Stage], late: float
+) -> Iterator[tuple[float, float, float, float]]:
+    """The fields of each stage's `Element`."""
+    last = len(stages) - 1
     for index, (stage, item) in enumerate(zip(stages, known.items, strict=True)):
-        tail = index + 1 == len(stages)
-        decode = item.speed.decode_layer_s + item.rows * item.speed.row_layer_s
-        compute = len(stage.span) * decode + (item.speed.head_s if tail else 0.0)
+        speed = item.speed
+        compute = len(stage.span) * (speed.decode_layer_s + item.rows * speed.row_layer_s)
+        if index == last:
+            compute += speed.head_s
         link_s = serialise_s = 0.0
-        if known.ways:
-            link = known.ways[index]
-            link_s = link.one_way_s + link.jitter_s * late
-            serialise_s = HOP_S + (0.0 if tail else request.hidden_bytes / link.bytes_per_s)
-        queue_s = _wait(item.queue_s, late)
-        found.append(Element(_work(compute, late), queue_s, link_s, serialise_s))
-    return found
+        if known.rtt_s:
+            link_s = known.rtt_s[index] / 2 + known.jitter_s[index] * late
+            size = 0.0 if index == last else request.hidden_bytes * known.s_per_byte[index]
+            serialise_s = HOP_S + size
+        yield _work(compute, late), _wait(item.queue_s, late), link_s, serialise_s
 
 
 def predict(
@@ -344,28 +410,26 @@ def times(known: Known, request: RouteRequest, stages: Sequence[Stage], late: fl
     """`predict` from what is known already."""
     count, tokens = chunks(request)
     size = tokens * request.hidden_bytes
-    per_token = _elements(known, request, stages, late)
-    tpot_s = sum(e.compute_s + e.queue_s + e.link_s + e.serialise_s for e in per_token)
+    tpot_s = sum(sum(parts) for parts in _per_token(known, request, stages, late))
     opening = first = slowest = 0.0
+    to_client = list(zip(known.client_rtt_s, known.client_jitter_s, strict=True))
     for index, (stage, item) in enumerate(zip(stages, known.items, strict=True)):
-        client = known.clients[index]
         cold = stage.peer not in request.warm
-        asked = _opening(client.rtt_s, client.jitter_s, cold, late)
+        asked = _opening(*to_client[index], cold, late)
         opening = max(opening, asked)
         speed = item.speed
-        chunk = float(_chunk(speed.decode_layer_s, speed.prefill_layer_s, tokens))
+        chunk = max(speed.decode_layer_s, tokens * speed.prefill_layer_s)  # `_chunk` of one
         compute = _work(len(stage.span) * chunk, late)
         first += _wait(item.queue_s, late) + compute
         slowest = max(slowest, compute)
         if index + 1 < len(stages):
-            link = known.ways[index]
-            first += _way(link.rtt_s, link.jitter_s, late) + size / link.bytes_per_s
-            slowest = max(slowest, size / link.bytes_per_s)
-            onward = _opening(link.rtt_s, link.jitter_s, not known.linked[index], late)
-            opening = max(opening, asked + onward)
+            way = known.rtt_s[index], known.jitter_s[index]
+            carry = size * known.s_per_byte[index]
+            first += _way(*way, late) + carry
+            slowest = max(slowest, carry)
+            opening = max(opening, asked + _opening(*way, not known.linked[index], late))
     first += _work(known.items[-1].speed.head_s, late)
-    for client in (known.clients[0], known.clients[-1]):
-        first += _way(client.rtt_s, client.jitter_s, late)
+    first += _way(*to_client[0], late) + _way(*to_client[-1], late)
     return Times(opening + first + (count - 1) * slowest, tpot_s, opening)
 
 

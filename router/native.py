@@ -46,6 +46,7 @@ class _Problem(ctypes.Structure):
         *((name, ctypes.c_double) for name in (*_HOP, *_NUMBERS)),
         ("most_labels", ctypes.c_int64),
         ("steps", ctypes.c_int64),
+        ("barred", ctypes.c_void_p),
     )
 
 
@@ -134,12 +135,19 @@ class Prepared:
         self._pointer = pointer
         weakref.finalize(self, _library().hexswarm_release, pointer)
 
-    def search(self, problem: Problem, most_labels: int, *, steps: int = 6) -> Found | None:
+    def search(
+        self,
+        problem: Problem,
+        most_labels: int,
+        *,
+        steps: int = 6,
+        barred: NDArray[np.bool_] | None = None,
+    ) -> Found | None:
         """Peers, ends, (price, t, a, open, slowest) and whether proven; None: there is no ring.
 
         Without peers the search gave up: there may be one. `steps` are those of the secant for a
-        multiplier. `problem` is the prepared one but for price, weights and limits. Not for two
-        threads at once.
+        multiplier. `problem` is the prepared one but for price, weights and limits; peers that are
+        `barred` take no part. Not for two threads at once.
         """
         asked, answer = self._asked, _Answer()
         count = len(problem.first)
@@ -151,6 +159,12 @@ class Prepared:
             if array.shape != (count,):
                 raise ValueError(f"prices of shape {array.shape} for {count} peers")
             setattr(asked, name, array.ctypes.data)
+        asked.barred = None
+        if barred is not None:
+            barred = np.ascontiguousarray(barred, np.bool_)
+            if barred.shape != (count,):
+                raise ValueError(f"flags of shape {barred.shape} for {count} peers")
+            asked.barred = barred.ctypes.data
         for name in _NUMBERS:
             setattr(asked, name, getattr(problem, name))
         asked.most_labels, asked.steps = most_labels, steps

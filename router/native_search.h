@@ -8,8 +8,9 @@ static int earlier(const Search *s, int32_t a, int32_t b) {
 static int push(Search *s, int32_t label) {
     if (s->heaped == s->heap_room) {
         int64_t room = s->heap_room ? 2 * s->heap_room : 1024;
-        int32_t *heap = realloc(s->heap, (size_t)room * sizeof *heap);
+        int32_t *heap = take(s, room, sizeof *heap);
         if (!heap) return 0;
+        if (s->heaped) memcpy(heap, s->heap, (size_t)s->heaped * sizeof *heap);
         s->heap = heap, s->heap_room = room;
     }
     int64_t i = s->heaped++;
@@ -37,8 +38,9 @@ static int32_t pop(Search *s) {
 static Label *new_label(Search *s) {
     if (s->count == s->room) {
         int64_t room = s->room ? 2 * s->room : 1024;
-        Label *labels = realloc(s->labels, (size_t)room * sizeof *labels);
+        Label *labels = take(s, room, sizeof *labels);
         if (!labels) return NULL;
+        if (s->count) memcpy(labels, s->labels, (size_t)s->count * sizeof *labels);
         s->labels = labels, s->room = room;
     }
     return s->labels + s->count++;
@@ -111,6 +113,7 @@ static int improves(const Problem *p, Best *best, double price, double t, double
 
 typedef struct {
     double sum, t, a; /* the cost without maxima; a without maxima */
+    double open, slow;
     int ok;
 } Followed;
 
@@ -121,7 +124,7 @@ static Followed follow(const Search *s, const double *table, double wp, double w
     const Problem *p = s->p;
     int64_t n = p->peers;
     int32_t peers[MAX_STAGES], ends[MAX_STAGES], stages = 0;
-    Followed none = {0, 0, 0, 0};
+    Followed none = {0};
     int own = head;
     double least = INFINITY;
     for (int j = 0; head < 0 && j < s->from[1]; j++) {
@@ -133,7 +136,7 @@ static Followed follow(const Search *s, const double *table, double wp, double w
     double price = 0, t = 0, a = p->a_begin[own], open = p->open_stage[own], slow = 0;
     for (int peer = own, layer = 0;;) {
         double each = wp * p->price_layer[peer] + wt * p->t_layer[peer] + wa * p->a_layer[peer];
-        int64_t state = at(s, peer, layer);
+        int64_t state = s->offset[peer] + layer;
         int most = longest(p, peer, layer, box), length = 0;
         least = INFINITY;
         for (int k = 1; k <= most; k++) {
@@ -154,7 +157,7 @@ static Followed follow(const Search *s, const double *table, double wp, double w
             int other = s->holders[j];
             int64_t e = (int64_t)peer * n + other;
             if (other == peer || other == own) continue;
-            double x = wt * t_hop(p, e) + wa * a_hop(p, e) + table[at(s, other, layer)];
+            double x = wt * s->t_hops[e] + wa * s->a_hops[e] + table[j];
             if (x >= least) continue;
             if (box && (transfer(p, e) > box->slow_top || open_hop(p, peer, e) > box->open_top ||
                         p->open_stage[other] > box->open_top))
@@ -164,7 +167,7 @@ static Followed follow(const Search *s, const double *table, double wp, double w
         if (to < 0) return none;
         int64_t e = (int64_t)peer * n + to;
         double dial = open_hop(p, peer, e), carry = transfer(p, e);
-        t += t_hop(p, e), a += a_hop(p, e);
+        t += s->t_hops[e], a += s->a_hops[e];
         open = dial > open ? dial : open;
         open = p->open_stage[to] > open ? p->open_stage[to] : open;
         slow = carry > slow ? carry : slow;
@@ -179,31 +182,30 @@ static Followed follow(const Search *s, const double *table, double wp, double w
         best->stages = stages;
         memcpy(best->peer, peers, sizeof peers), memcpy(best->end, ends, sizeof ends);
     }
-    return (Followed){p->weight_price * price + p->weight_t * t + p->weight_a * a, t, a, 1};
+    return (Followed){p->weight_price * price + p->weight_t * t + p->weight_a * a, t, a, open, slow, 1};
 }
 
 /* The multiplier of a limit on t or on a (the sum), by the slope between the ring of least cost and
- * that of least resource (LARAC, Juettner et al. 2001). Any multiplier gives a bound, this one a good
- * one. `cheap` is the ring of least cost, `spare` room for a table; `base` is the multiplier of t
- * that stays while that of a is found. */
-static double find_lambda(Search *s, double *spare, Followed cheap, int on_t, double base, double limit,
-                          int head, const Box *box, Best *best) {
+ * that of least resource (LARAC, Juettner et al. 2001). Any multiplier gives a bound, this one a
+ * good one. The table of the last one tried stays in `table`; 0: none was. `base` is the multiplier of t that stays while that of a is found. */
+static double find_lambda(Search *s, double *table, Followed high, Followed low, int on_t, double base,
+                          double limit, int64_t steps, int head, const Box *box,
+                          Best *best, Followed *ring) {
     const Problem *p = s->p;
     double lambda = 0;
-    Followed high = cheap, low;
-    if ((on_t ? high.t : high.a) <= limit) return 0;
-    cost_to_go(s, spare, 0, on_t, !on_t, head, box);
-    low = follow(s, spare, 0, on_t, !on_t, head, box, best);
-    for (int step = 0; low.ok && step < (box ? 3 : p->steps); step++) {
+    for (int64_t step = 0; high.ok && low.ok && step < steps; step++) {
         double low_r = on_t ? low.t : low.a, high_r = on_t ? high.t : high.a;
         double low_c = low.sum + base * low.t, high_c = high.sum + base * high.t;
         if (high_r - low_r <= 1e-12 || low_c <= high_c) break;
         lambda = (low_c - high_c) / (high_r - low_r);
         double wt = p->weight_t + base + (on_t ? lambda : 0), wa = p->weight_a + (on_t ? 0 : lambda);
-        cost_to_go(s, spare, p->weight_price, wt, wa, head, box);
-        Followed mid = follow(s, spare, p->weight_price, wt, wa, head, box, best);
+        cost_to_go(s, table, p->weight_price, wt, wa, head, box);
+        Followed mid = follow(s, table, p->weight_price, wt, wa, head, box, best);
+        if (ring) *ring = mid;
         if (!mid.ok) break;
         double mid_r = on_t ? mid.t : mid.a, mid_c = mid.sum + base * mid.t;
+        double value = mid_c + lambda * (mid_r - limit) - (base > 0 ? base * p->limit_t : 0);
+        if (value >= best->value) break; /* nothing here can be better */
         if (mid_c + lambda * mid_r >= (high_c + lambda * high_r) * (1 - 1e-9)) break;
         if (mid_r > limit) high = mid;
         else low = mid;
@@ -214,38 +216,64 @@ static double find_lambda(Search *s, double *spare, Followed cheap, int on_t, do
 /* --- the search --------------------------------------------------------------------------------- */
 
 
+/* A label with what it has in common for all boxes. */
+typedef struct {
+    double a, open, slowest, least_open; /* `least_open`: no rest opens faster */
+    double cost, dual, in_box;           /* bounds without maxima: by the tables of the head, of a box */
+    double over_a;                       /* a beyond the limit, without maxima */
+    double head_max, weight_max, more_chunks, limit_a;
+} Reach;
+
+/* Least bound over all boxes; rows of boxes are filled up, so there is no rest to treat apart. */
+VECTORS static double least_box(const Boxes *in, const double *a, const double *dual, const Reach *x) {
+    double bound[MAX_BOXES], low = INFINITY;
+    int row = in->row / WIDE * WIDE;
+    double own_open = x->open, own_slow = x->slowest, least = x->least_open, more = x->more_chunks;
+    double sum = x->a, limit = x->limit_a, over = x->over_a, weight = x->weight_max;
+    double cost = x->cost, head = x->dual, base = x->in_box, head_max = x->head_max;
+    for (int b = 0; b < row; b++) {
+        double open = in->open_low[b] > least ? in->open_low[b] : least;
+        double slow = in->slow_low[b] > own_slow ? in->slow_low[b] : own_slow;
+        double maxima = open + more * slow;
+        double first = cost + weight * maxima, second = head + head_max * maxima;
+        double third = base + weight * maxima + dual[b] + in->lambda_a[b] * (over + maxima);
+        first = second > first ? second : first;
+        first = third > first ? third : first;
+        first = own_open > in->open_top[b] ? INFINITY : first;
+        first = own_slow > in->slow_top[b] ? INFINITY : first;
+        bound[b] = sum + a[b] + maxima > limit ? INFINITY : first;
+    }
+    for (int b = 0; b < row; b++) low = bound[b] < low ? bound[b] : low;
+    return low;
+}
+
 /* Bound a label; 0 if no ring behind it is within the limits and better than the best. */
 static int bounded(const Search *s, const Tables *tables, Label *x, const Best *best) {
     const Problem *p = s->p;
-    int state = at(s, x->peer, x->layer);
-    if (p->limit_t < INFINITY && x->t + tables->t[state] > p->limit_t) return 0;
-    double sum = p->weight_price * x->price + p->weight_t * x->t + p->weight_a * x->a, low = INFINITY;
+    int slot = at(s, x->peer, x->layer);
+    if (p->limit_t < INFINITY && x->t + tables->t[slot] > p->limit_t) return 0;
     double least = x->open > s->open_later[x->layer] ? x->open : s->open_later[x->layer];
-    for (int b = 0; b < s->count_boxes; b++) {
-        const Box *box = s->boxes + b;
-        if (s->in_box.dead[b] || x->open > box->open_top || x->slowest > box->slow_top) continue;
-        double open = least > box->open_low ? least : box->open_low;
-        double maxima = open + p->more_chunks * (x->slowest > box->slow_low ? x->slowest : box->slow_low);
-        int64_t entry = b * s->states + state;
-        if (p->limit_a < INFINITY && x->a + s->a_tables[entry] + maxima > p->limit_a) continue;
-        double so_far = sum + p->weight_max * maxima, bound = so_far + tables->cost[state];
-        double over_t = x->t - p->limit_t, over_a = x->a + maxima - p->limit_a;
-        if (tables->dual) {
-            double dual = so_far + tables->dual[state];
-            if (tables->lambda_t > 0) dual += tables->lambda_t * over_t;
-            if (tables->lambda_a > 0) dual += tables->lambda_a * over_a;
-            if (dual > bound) bound = dual;
-        }
-        if (s->boxed) {
-            double dual = so_far + s->in_box.dual[entry];
-            if (s->in_box.lambda_t > 0) dual += s->in_box.lambda_t * over_t;
-            if (s->in_box.lambda_a[b] > 0) dual += s->in_box.lambda_a[b] * over_a;
-            if (dual > bound) bound = dual;
-        }
-        if (bound < low) low = bound;
+    double maxima = least + p->more_chunks * x->slowest;
+    if (p->limit_a < INFINITY && x->a + s->a_table[slot] + maxima > p->limit_a) return 0;
+    double sum = p->weight_price * x->price + p->weight_t * x->t + p->weight_a * x->a;
+    double over_t = p->limit_t < INFINITY ? x->t - p->limit_t : 0;
+    double over_a = p->limit_a < INFINITY ? x->a - p->limit_a : 0;
+    double cost = sum + tables->cost[slot], dual = -INFINITY, head_max = p->weight_max;
+    if (tables->dual) {
+        dual = sum + tables->dual[slot] + tables->lambda_t * over_t + tables->lambda_a * over_a;
+        head_max += tables->lambda_a;
     }
-    x->bound = low;
-    return low < best->value;
+    double bound = cost + p->weight_max * maxima, other = dual + head_max * maxima;
+    x->bound = other > bound ? other : bound;
+    if (x->bound >= best->value) return 0;
+    if (!s->boxed) return 1;
+    Reach reach = {.a = x->a, .open = x->open, .slowest = x->slowest, .least_open = least,
+                   .cost = cost, .dual = dual, .in_box = sum + s->boxes.lambda_t * over_t,
+                   .over_a = over_a, .head_max = head_max, .weight_max = p->weight_max,
+                   .more_chunks = p->more_chunks, .limit_a = p->limit_a};
+    int64_t entry = (int64_t)slot * s->boxes.row;
+    x->bound = least_box(&s->boxes, s->boxes.a + entry, s->boxes.dual + entry, &reach);
+    return x->bound < best->value;
 }
 
 static void remember(const Search *s, Best *best, int32_t label, int32_t end) {
@@ -268,7 +296,7 @@ static int32_t expand(Search *s, int32_t index, const Tables *tables, Best *best
     int peer = from.peer;
     if (from.depth + 1 >= MAX_STAGES) return -1;
     double price = from.price + p->price_enter[peer], t = from.t + p->t_enter[peer];
-    double a = from.a + p->a_enter[peer];
+    double a = from.a + p->a_enter[peer], wt = p->weight_t, wa = p->weight_a;
     for (int layer = from.layer + 1; layer <= p->end[peer]; layer++) {
         price += p->price_layer[peer], t += p->t_layer[peer], a += p->a_layer[peer];
         double work = (layer - from.layer) * p->a_layer[peer];
@@ -280,12 +308,14 @@ static int32_t expand(Search *s, int32_t index, const Tables *tables, Best *best
                 remember(s, best, index, layer);
             continue;
         }
+        double here = p->weight_price * price + wt * t + wa * a;
         for (int j = s->from[layer]; j < s->from[layer + 1]; j++) {
             int to = s->holders[j];
             int64_t e = (int64_t)peer * n + to;
-            if (to == peer || to == from.head) continue;
+            double sum = here + wt * s->t_hops[e] + wa * s->a_hops[e];
+            if (sum + tables->cost[j] >= best->value || to == peer || to == from.head) continue;
             Label x = {0};
-            x.price = price, x.t = t + t_hop(p, e), x.a = a + a_hop(p, e);
+            x.price = price, x.t = t + s->t_hops[e], x.a = a + s->a_hops[e];
             x.open = from.open, x.slowest = slow;
             if (p->open_stage[to] > x.open) x.open = p->open_stage[to];
             double dial = open_hop(p, peer, e), carry = transfer(p, e);
@@ -315,185 +345,216 @@ static int32_t expand(Search *s, int32_t index, const Tables *tables, Best *best
 static int make_tables(Search *s, Tables *tables, int head, Best *best) {
     const Problem *p = s->p;
     double wp = p->weight_price, wt = p->weight_t, wa = p->weight_a;
-    tables->cost = malloc((size_t)(3 * s->states + 1) * sizeof(double));
+    tables->cost = doubles(s, 3 * s->states);
     if (!tables->cost) return 0;
     tables->t = tables->cost + s->states, tables->dual = tables->t + s->states;
     cost_to_go(s, tables->cost, wp, wt, wa, head, NULL);
     Followed cheap = follow(s, tables->cost, wp, wt, wa, head, NULL, best);
+    if (head >= 0 && cheap.ok && cheap.sum >= best->value) { /* of no use: no label gets past `cost` */
+        memset(tables->t, 0, (size_t)s->states * sizeof(double));
+        tables->dual = NULL;
+        return 1;
+    }
     if (p->limit_t < INFINITY) {
-        if (cheap.ok)
-            tables->lambda_t = find_lambda(s, tables->t, cheap, 1, 0, p->limit_t, head, NULL, best);
         cost_to_go(s, tables->t, 0, 1, 0, head, NULL);
+        Followed quick = follow(s, tables->t, 0, 1, 0, head, NULL, best);
+        if (cheap.ok && cheap.t > p->limit_t)
+            tables->lambda_t = find_lambda(s, tables->dual, cheap, quick, 1, 0, p->limit_t, p->steps,
+                                           head, NULL, best, NULL);
     }
     wt += tables->lambda_t;
+    int made = tables->lambda_t > 0;
     if (p->limit_a < INFINITY && cheap.ok) {
-        if (tables->lambda_t > 0) {
-            cost_to_go(s, tables->dual, wp, wt, wa, head, NULL);
-            cheap = follow(s, tables->dual, wp, wt, wa, head, NULL, best);
+        if (made) cheap = follow(s, tables->dual, wp, wt, wa, head, NULL, best);
+        if (cheap.ok && cheap.a > p->limit_a) {
+            cost_to_go(s, tables->dual, 0, 0, 1, head, NULL);
+            Followed soon = follow(s, tables->dual, 0, 0, 1, head, NULL, best);
+            tables->lambda_a = find_lambda(s, tables->dual, cheap, soon, 0, tables->lambda_t, p->limit_a,
+                                           p->steps, head, NULL, best, NULL);
+            if (made && !(tables->lambda_a > 0)) cost_to_go(s, tables->dual, wp, wt, wa, head, NULL);
+            made |= tables->lambda_a > 0;
         }
-        if (cheap.ok)
-            tables->lambda_a =
-                find_lambda(s, tables->dual, cheap, 0, tables->lambda_t, p->limit_a, head, NULL, best);
     }
-    wa += tables->lambda_a;
-    if (tables->lambda_t > 0 || tables->lambda_a > 0) {
-        cost_to_go(s, tables->dual, wp, wt, wa, head, NULL);
-        follow(s, tables->dual, wp, wt, wa, head, NULL, best);
-    } else
-        tables->dual = NULL;
+    if (!made) tables->dual = NULL;
     return 1;
 }
 
+/* A box while boxes are cut. */
+typedef struct {
+    Box box;
+    double *a, *dual; /* [states] */
+    double lambda_a, root;
+    Followed soon, cheap, ring; /* of least a, of least cost, and by the table with the multiplier */
+    int dead, whole; /* `whole`: to cut it would not help */
+} Draft;
+
 /* Least cost of a ring in a box, as far as its table can tell. */
-static double root_bound(const Search *s, int b) {
+static double root_bound(const Search *s, const Draft *in) {
     const Problem *p = s->p;
-    const Box *box = s->boxes + b;
-    double low = INFINITY;
+    const Box *box = &in->box;
+    double low = INFINITY, lambda_t = s->boxes.lambda_t;
     for (int j = 0; j < s->from[1]; j++) {
         int head = s->holders[j];
-        int64_t state = b * s->states + at(s, head, 0);
         if (p->open_stage[head] > box->open_top) continue;
         double open = p->open_stage[head] > box->open_low ? p->open_stage[head] : box->open_low;
         double maxima = open + p->more_chunks * box->slow_low, a = p->a_begin[head];
-        if (p->limit_a < INFINITY && a + s->a_tables[state] + maxima > p->limit_a) continue;
-        double x = p->weight_a * a + p->weight_max * maxima + s->in_box.dual[state];
-        if (s->in_box.lambda_t > 0) x -= s->in_box.lambda_t * p->limit_t;
-        if (s->in_box.lambda_a[b] > 0) x += s->in_box.lambda_a[b] * (a + maxima - p->limit_a);
+        if (p->limit_a < INFINITY && a + in->a[j] + maxima > p->limit_a) continue;
+        double x = p->weight_a * a + p->weight_max * maxima + in->dual[j];
+        if (lambda_t > 0) x -= lambda_t * p->limit_t;
+        if (in->lambda_a > 0) x += in->lambda_a * (a + maxima - p->limit_a);
         low = x < low ? x : low;
     }
     return low;
 }
 
-/* The table of one box with the multiplier on a that suits it; `cheap` is its ring without one. */
-static void refine_box(Search *s, int b, Followed cheap, Best *best) {
+/* Make the tables of a box for `lambda`. */
+static Followed tabulate(Search *s, Draft *in, double lambda, Best *best) {
     const Problem *p = s->p;
-    const Box *box = s->boxes + b;
-    double *table = s->in_box.dual + b * s->states;
-    double wp = p->weight_price, wt = p->weight_t + s->in_box.lambda_t;
-    double limit = p->limit_a - box->open_low - p->more_chunks * box->slow_low;
-    if (!cheap.ok || cheap.a <= limit) return;
-    s->in_box.lambda_a[b] = find_lambda(s, table, cheap, 0, s->in_box.lambda_t, limit, -1, box, best);
-    cost_to_go(s, table, wp, wt, p->weight_a + s->in_box.lambda_a[b], -1, box);
-    follow(s, table, wp, wt, p->weight_a + s->in_box.lambda_a[b], -1, box, best);
+    double wt = p->weight_t + s->boxes.lambda_t, wa = p->weight_a + lambda;
+    in->lambda_a = lambda;
+    cost_to_go(s, in->dual, p->weight_price, wt, wa, -1, &in->box);
+    return follow(s, in->dual, p->weight_price, wt, wa, -1, &in->box, best);
 }
 
-static int make_box_tables(Search *s, Best *best) {
-    const Problem *p = s->p;
-    double roots[MAX_BOXES];
-    Followed cheap[MAX_BOXES];
-    free(s->in_box.dual);
-    memset(&s->in_box, 0, sizeof s->in_box);
-    if (!s->boxed) return 1;
-    s->in_box.dual = malloc((size_t)(s->count_boxes * s->states + 1) * sizeof(double));
-    if (!s->in_box.dual) return 0;
-    for (int64_t i = 0; i < p->peers; i++) /* the head that came to the front last will do */
-        if (s->tables[i].cost) s->in_box.lambda_t = s->tables[i].lambda_t;
-    for (int b = 0; b < s->count_boxes; b++) {
-        double *table = s->in_box.dual + b * s->states, wt = p->weight_t + s->in_box.lambda_t;
-        cost_to_go(s, table, p->weight_price, wt, p->weight_a, -1, s->boxes + b);
-        cheap[b] = follow(s, table, p->weight_price, wt, p->weight_a, -1, s->boxes + b, best);
-        roots[b] = root_bound(s, b);
+static int fits(const Box *box, const Followed *ring) {
+    return ring->ok && ring->open <= box->open_top && ring->slow <= box->slow_top;
+}
+
+/* The tables of a box with new tops. Least a is as before if its ring is still in the box. */
+static int draft(Search *s, Draft *in, Best *best) {
+    int known = in->a && fits(&in->box, &in->soon);
+    in->dual = doubles(s, s->states);
+    if (!known) in->a = doubles(s, s->states);
+    if (!in->a || !in->dual) return 0;
+    if (!known && s->p->limit_a < INFINITY) {
+        cost_to_go(s, in->a, 0, 0, 1, -1, &in->box);
+        in->soon = follow(s, in->a, 0, 0, 1, -1, &in->box, best);
     }
-    for (int done = 0; done < s->count_boxes; done++) {
-        int b = 0; /* the most promising box: what it gives may end the others */
-        for (int i = 1; i < s->count_boxes; i++)
-            if (roots[i] < roots[b]) b = i;
-        s->in_box.dead[b] = roots[b] >= best->value;
-        if (!s->in_box.dead[b] && p->limit_a < INFINITY) {
-            refine_box(s, b, cheap[b], best);
-            s->in_box.dead[b] = root_bound(s, b) >= best->value;
-        }
-        roots[b] = INFINITY;
-    }
+    in->ring = tabulate(s, in, in->lambda_a, best);
+    if (in->lambda_a == 0) in->cheap = in->ring;
+    double root = root_bound(s, in);
+    if (root > in->root) in->root = root;
     return 1;
 }
 
-/* Levels from `low` on, the last one open: equal steps in ratio where that makes sense. */
-static void levels(double *level, int count, double low, double high) {
-    if (low < high / 64) low = high / 64;
-    for (int i = 0; i < count; i++) level[i] = low * pow(high / low, (i + 1.0) / count);
-    level[count - 1] = INFINITY;
+/* Find the multiplier that suits the bottom of a box, if it needs one; the rings that bracket it may be
+ * of a larger box. */
+static void refine(Search *s, Draft *in, Best *best) {
+    const Problem *p = s->p;
+    double limit = p->limit_a - in->box.open_low - p->more_chunks * in->box.slow_low;
+    double root = root_bound(s, in);
+    if (root > in->root) in->root = root;
+    if (in->root >= best->value || !in->ring.ok || p->limit_a == INFINITY) return;
+    Followed high = in->ring, low = in->soon;
+    if (in->ring.a <= limit) {
+        if (in->lambda_a == 0) return;
+        high = in->cheap, low = in->ring;
+    }
+    double lambda = find_lambda(s, in->dual, high, low, 0, s->boxes.lambda_t, limit, BOX_STEPS, -1,
+                                &in->box, best, &in->ring);
+    if (lambda > 0) in->lambda_a = lambda;
+    root = root_bound(s, in);
+    if (root > in->root) in->root = root;
+}
+
+/* Keep what a label needs of the boxes that are alive. */
+static int pack(Search *s, const Draft *drafts, int count) {
+    Boxes *in = &s->boxes;
+    in->count = 0;
+    const Draft *kept[MAX_BOXES];
+    for (int b = 0; b < count; b++)
+        if (!drafts[b].dead) kept[in->count++] = drafts + b;
+    in->row = (in->count + WIDE - 1) / WIDE * WIDE;
+    in->a = doubles(s, in->row * s->states), in->dual = doubles(s, in->row * s->states);
+    if (!in->a || !in->dual) return 0;
+    for (int b = 0; b < in->row; b++) {
+        const Draft *draft = b < in->count ? kept[b] : NULL;
+        in->open_low[b] = draft ? draft->box.open_low : 0, in->slow_low[b] = draft ? draft->box.slow_low : 0;
+        in->open_top[b] = draft ? draft->box.open_top : -1, in->slow_top[b] = draft ? draft->box.slow_top : -1;
+        in->lambda_a[b] = draft ? draft->lambda_a : 0;
+        for (int64_t i = 0; i < s->states; i++) {
+            in->a[i * in->row + b] = draft && s->p->limit_a < INFINITY ? draft->a[i] : 0;
+            in->dual[i * in->row + b] = draft ? draft->dual[i] : 0;
+        }
+    }
+    return 1;
 }
 
 /* What each hop does to the maxima, in the order of the tables. */
 static int make_maxima(Search *s) {
     const Problem *p = s->p;
     if (s->open_edges) return 1;
-    s->open_edges = malloc((size_t)(s->edges + 1) * sizeof(double));
-    s->carry_edges = malloc((size_t)(s->edges + 1) * sizeof(double));
-    if (!s->open_edges || !s->carry_edges) return 0;
-    double *open = s->open_edges, *carry = s->carry_edges;
-    for (int64_t l = 1; l < p->layers; l++)
-        for (int j = s->from[l]; j < s->from[l + 1]; j++)
-            for (int i = s->from[l - 1]; i < s->from[l]; i++) {
-                int64_t e = (int64_t)s->holders[i] * p->peers + s->holders[j];
-                double asked = open_hop(p, s->holders[i], e), own = p->open_stage[s->holders[j]];
-                *open++ = asked > own ? asked : own;
-                *carry++ = transfer(p, e);
-            }
-    return 1;
-}
-
-/* Boxes, if maxima matter: between the least that any ring can have and the most that helps. */
-static int make_boxes(Search *s) {
-    const Problem *p = s->p;
-    int weighs = p->weight_max > 0.01 * p->weight_a && p->weight_max > 1e-3;
-    if (p->limit_a == INFINITY && !weighs) return 1;
-    if (!make_maxima(s)) return 0;
-    double open_high = 0, slow_high = 0;
-    for (int64_t i = 0; i < p->peers; i++) {
-        double work = (p->end[i] - p->first[i]) * p->a_layer[i];
-        if (p->end[i] > p->first[i] && p->open_stage[i] > open_high) open_high = p->open_stage[i];
-        if (work > slow_high) slow_high = work;
-    }
-    for (int64_t i = 0; i < s->edges; i++) {
-        if (s->open_edges[i] > open_high) open_high = s->open_edges[i];
-        if (s->carry_edges[i] > slow_high) slow_high = s->carry_edges[i];
-    }
-    if (p->limit_a < open_high) open_high = p->limit_a;
-    if (p->limit_a < p->more_chunks * slow_high) slow_high = p->limit_a / p->more_chunks;
-    double open[OPEN_LEVELS], slow[SLOW_LEVELS];
-    int opens = open_high > 0 ? OPEN_LEVELS : 1;
-    int slows = slow_high > 0 && p->more_chunks > 0 ? SLOW_LEVELS : 1;
-    levels(open, opens, s->open_later[0], open_high > 0 ? open_high : 1);
-    levels(slow, slows, 0, slow_high > 0 ? slow_high : 1);
-    s->count_boxes = 0, s->boxed = 1;
-    for (int i = 0; i < opens; i++)
-        for (int j = 0; j < slows; j++)
-            s->boxes[s->count_boxes++] =
-                (Box){i ? open[i - 1] : s->open_later[0], open[i], j ? slow[j - 1] : 0, slow[j]};
-    return 1;
-}
-
-/* Tables of a for any head; boxes without any ring within the limits are taken out. */
-static int make_a_tables(Search *s) {
-    const Problem *p = s->p;
-    free(s->a_tables);
-    s->a_tables = NULL;
-    if (p->limit_a == INFINITY) return 1;
-    s->a_tables = malloc((size_t)(s->count_boxes * s->states + 1) * sizeof(double));
-    if (!s->a_tables) return 0;
-    int kept = 0;
-    for (int b = 0; b < s->count_boxes; b++) {
-        double *table = s->a_tables + (int64_t)kept * s->states, least = INFINITY;
-        cost_to_go(s, table, 0, 0, 1, -1, s->boxed ? s->boxes + b : NULL);
-        for (int j = 0; j < s->from[1]; j++) {
-            int head = s->holders[j];
-            double x = p->a_begin[head] + table[at(s, head, 0)];
-            if (p->open_stage[head] <= s->boxes[b].open_top && x < least) least = x;
+    int64_t n = p->peers;
+    s->open_hops = doubles(s, n * n), s->carry_hops = doubles(s, n * n);
+    s->open_edges = doubles(s, s->edges), s->carry_edges = doubles(s, s->edges);
+    if (!s->open_hops || !s->carry_hops || !s->open_edges || !s->carry_edges) return 0;
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t j = 0; j < n; j++) {
+            double asked = open_hop(p, (int)i, i * n + j), own = p->open_stage[j];
+            s->open_hops[i * n + j] = asked > own ? asked : own;
+            s->carry_hops[i * n + j] = transfer(p, i * n + j);
         }
-        if (least + s->boxes[b].open_low + p->more_chunks * s->boxes[b].slow_low > p->limit_a) continue;
-        s->boxes[kept++] = s->boxes[b];
-    }
-    s->count_boxes = kept;
+    arrange(s, s->open_edges, s->carry_edges, s->open_hops, s->carry_hops);
     return 1;
+}
+
+/* Cut a box between its bottom and where its ring is: the upper part has its tables from it. */
+static int cut_box(Search *s, Draft *in, Draft *upper, Best *best) {
+    const Problem *p = s->p;
+    double open = in->ring.open - in->box.open_low, slow = in->ring.slow - in->box.slow_low;
+    double least = FINE * (p->limit_a < INFINITY ? p->limit_a : best->a + best->open);
+    in->whole = !in->ring.ok || (open <= least && p->more_chunks * slow <= least);
+    upper->dead = in->whole;
+    if (in->whole) return 1;
+    *upper = *in;
+    if (open > p->more_chunks * slow)
+        in->box.open_top = upper->box.open_low = in->box.open_low + open / 2;
+    else
+        in->box.slow_top = upper->box.slow_low = in->box.slow_low + slow / 2;
+    if (!draft(s, in, best)) return 0;
+    refine(s, in, best);
+    refine(s, upper, best);
+    return 1;
+}
+
+/* Cut boxes until there are `most`: again and again the one of least bound in two. What they give on the
+ * way may end others, or the search. */
+static int make_boxes(Search *s, Draft *drafts, int *count, int most, Best *best) {
+    if (!*count) {
+        if (!make_maxima(s)) return 0;
+        s->boxed = *count = 1;
+        drafts[0] = (Draft){.box = {s->open_later[0], INFINITY, 0, INFINITY}};
+        if (!draft(s, drafts, best)) return 0;
+        refine(s, drafts, best);
+    }
+    while (*count < most) {
+        Draft *in = NULL;
+        for (int b = 0; b < *count; b++) {
+            drafts[b].dead |= drafts[b].root >= best->value;
+            if (!drafts[b].dead && !drafts[b].whole && (!in || drafts[b].root < in->root))
+                in = drafts + b;
+        }
+        if (!in) break;
+        if (!cut_box(s, in, drafts + *count, best)) return 0;
+        *count += !drafts[*count].dead;
+    }
+    for (int b = 0; b < *count; b++) drafts[b].dead |= drafts[b].root >= best->value;
+    return pack(s, drafts, *count);
+}
+
+/* Least a of any head. */
+static int make_a_table(Search *s) {
+    if (s->p->limit_a == INFINITY || s->a_table) return 1;
+    s->a_table = doubles(s, s->states);
+    if (s->a_table) cost_to_go(s, s->a_table, 0, 0, 1, -1, NULL);
+    return s->a_table != NULL;
 }
 
 /* A label for each head, bounded without a table of its own: those are made when it comes first. */
 static int push_heads(Search *s, Best *best) {
     const Problem *p = s->p;
     if (!s->loose.cost) {
-        s->loose.cost = malloc((size_t)(3 * s->states + 1) * sizeof(double));
+        s->loose.cost = doubles(s, 3 * s->states);
         if (!s->loose.cost) return 0;
         s->loose.t = s->loose.cost + s->states;
         cost_to_go(s, s->loose.cost, p->weight_price, p->weight_t, p->weight_a, -1, NULL);
@@ -535,7 +596,6 @@ static void tell(const Best *best, Answer *answer) {
 static int64_t look(Search *s, Best *best, int64_t most_labels, Answer *answer) {
     s->count = s->heaped = 0;
     for (int64_t i = 0; i < s->states; i++) s->bucket[i] = -1;
-    if (!make_a_tables(s) || !make_box_tables(s, best)) return NO_MEMORY;
     int64_t status = push_heads(s, best) ? FOUND : NO_MEMORY;
     while (status == FOUND && s->heaped) {
         int32_t index = pop(s);
@@ -565,23 +625,41 @@ static int64_t look(Search *s, Best *best, int64_t most_labels, Answer *answer) 
     return status;
 }
 
+/* What is left when the first labels did not settle it. */
+static int64_t look_again(Search *s, Best *best, int64_t most_labels, Answer *answer) {
+    s->boxes.lambda_t = s->loose.lambda_t;
+    const Problem *p = s->p;
+    int weighs = p->weight_max > 0.01 * p->weight_a && p->weight_max > 1e-3, count = 0;
+    if (p->limit_a == INFINITY && !weighs) return look(s, best, most_labels, answer);
+    Draft drafts[MAX_BOXES];
+    if (!make_boxes(s, drafts, &count, FEW_BOXES, best)) return NO_MEMORY;
+    int64_t few = most_labels < FEW_LABELS ? most_labels : FEW_LABELS;
+    int64_t status = look(s, best, few, answer);
+    if (status != FOUND_UNPROVEN || most_labels <= few) return status;
+    if (!make_boxes(s, drafts, &count, MAX_BOXES, best)) return NO_MEMORY;
+    return look(s, best, most_labels, answer);
+}
+
 /* First without boxes, which is enough for most problems, then with them. */
 static int64_t run(Search *s, const Problem *p, Answer *answer) {
     Best best = {.value = INFINITY};
+    size_t used = s->chunks->used;
     s->p = p;
-    s->count_boxes = 1, s->boxed = 0;
-    s->boxes[0] = (Box){0, INFINITY, 0, INFINITY};
+    s->boxed = 0;
     s->any_head = p->limit_t == INFINITY && p->weight_t < 1e-2 && p->peers > SMALL;
-    s->tables = calloc((size_t)p->peers + 1, sizeof *s->tables);
-    if (!s->tables) return NO_MEMORY;
+    s->loose = (Tables){0};
+    s->a_table = NULL, s->labels = NULL, s->heap = NULL, s->room = s->heap_room = 0;
+    Search before = *s;
+    s->tables = take(s, p->peers, sizeof *s->tables);
+    if (!s->tables || !make_a_table(s)) return NO_MEMORY;
+    memset(s->tables, 0, (size_t)p->peers * sizeof *s->tables);
     int64_t first = p->most_labels < FIRST_LABELS ? p->most_labels : FIRST_LABELS;
     int64_t status = look(s, &best, first, answer);
-    if (status == FOUND_UNPROVEN && p->most_labels > first) {
-        status = make_boxes(s) ? look(s, &best, p->most_labels, answer) : NO_MEMORY;
-    }
-    for (int64_t i = 0; i < p->peers; i++) free(s->tables[i].cost);
-    free(s->tables), free(s->loose.cost);
-    s->tables = NULL, s->loose = (Tables){0};
+    if (status == FOUND_UNPROVEN && p->most_labels > first)
+        status = look_again(s, &best, p->most_labels, answer);
+    give_back(s, before.chunks, used);
+    before.idle = s->idle;
+    *s = before;
     if (status == NO_MEMORY) return status;
     if (!best.stages) return status == FOUND ? NONE : GAVE_UP;
     tell(&best, answer);

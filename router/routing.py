@@ -25,7 +25,10 @@ Rejected by the same benchmark: avoiding each peer by its own load (the herd run
 says idle), loads faded towards the mean as they age (slower), the half as a hard rule (no better,
 and in a swarm of few fast and many slow peers a quarter of the requests would crawl).
 
-Spares are the best routes that share the fewest peers with those before them.
+Spares are the best routes that share the fewest peers with those before them. First without those
+peers at all, which is a search like any other; only if there is nothing, or nothing is found soon,
+with a penalty on them. (The penalty alone ruins the multipliers of the search: of two rings one may
+cost 1e9 more, and what a second is worth drowns in it.)
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ from hexswarm.errors import NoRoute, UsageError
 from hexswarm.records import Route, RouteRequest, Span, Stage
 from hexswarm.router import cost
 from hexswarm.router.candidates import check, usable
-from hexswarm.router.network import Snapshot
+from hexswarm.router.network import Snapshot, Ways
 from hexswarm.router.search import (
     GOOD,
     QUICK,
@@ -54,7 +57,6 @@ from hexswarm.router.search import (
     Solver,
     cost_of,
     evaluate,
-    solve,
     ttft,
     within,
 )
@@ -98,8 +100,7 @@ def find_route(snapshot: Snapshot, request: RouteRequest, now: float, rng: rando
     Raises NoRoute, or UsageError for a request that makes no sense.
     """
     check(request)
-    rows = usable(snapshot, request)
-    rows, problem = _problem(snapshot, request, rows)
+    rows, clients, problem = _problem(snapshot, request, usable(snapshot, request))
     solver = Solver(problem)
     ring = _choose(snapshot, request, rows, solver, rng)
     if ring is None:
@@ -110,7 +111,7 @@ def find_route(snapshot: Snapshot, request: RouteRequest, now: float, rng: rando
         if spare is None:
             break
         rings.append(spare)
-    best, *spares = (_route(snapshot, request, rows, item) for item in rings)
+    best, *spares = (_route(snapshot, request, rows, clients, problem.ways, item) for item in rings)
     return replace(best, spares=tuple(spares))
 
 
@@ -140,7 +141,8 @@ def replan(
         rows = select(snapshot, replace(request, ttft_s=None, tpot_s=None), rows)
     fixed = [columns.index[peer] for peer in kept]
     together = np.array(sorted({*fixed, *map(int, rows)}), dtype=np.intp)
-    problem = cost.build_problem(snapshot, request, together)
+    clients = cost.client_ways(snapshot, request, together)
+    problem = cost.build_problem(snapshot, request, together, clients=clients)
     spans = [
         kept.get(columns.peers[row])
         or Span(max(hole.first, columns.first[row]), min(hole.end, columns.end[row]))
@@ -155,20 +157,23 @@ def replan(
     ring = solver.solve()
     if isinstance(ring, Nothing):
         raise _too_slow(solver, request)
-    return _route(snapshot, request, together, ring)
+    return _route(snapshot, request, together, clients, problem.ways, ring)
 
 
-def _problem(snapshot: Snapshot, request: RouteRequest, rows: Rows) -> tuple[Rows, Problem]:
-    """The search over the usable rows, and the rows of its peers."""
+def _problem(
+    snapshot: Snapshot, request: RouteRequest, rows: Rows
+) -> tuple[Rows, cost.ClientWays, Problem]:
+    """The search over the usable rows, with the rows of its peers and their ways to the client."""
     count = len(snapshot.columns(request.model).peers)
+    barred: Any = False
     if count <= EXACT_PEERS:
         barred = np.ones(count, dtype=np.bool_)
         barred[rows] = False
-        every = np.arange(count)
-        return every, cost.build_problem(snapshot, request, every, barred)
-    if len(rows) > EXACT_PEERS:
+        rows = np.arange(count)
+    elif len(rows) > EXACT_PEERS:
         rows = select(snapshot, request, rows)
-    return rows, cost.build_problem(snapshot, request, rows)
+    clients = cost.client_ways(snapshot, request, rows)
+    return rows, clients, cost.build_problem(snapshot, request, rows, barred, clients)
 
 
 def _choose(
@@ -248,15 +253,17 @@ def _spare(solver: Solver, rings: Sequence[Ring]) -> Ring | None:
     uses = np.zeros(len(problem.first))
     for ring in rings:
         uses[list(ring.peers)] += 1
+    found = _found(solver.solve(effort=QUICK, barred=uses > 0))
+    if found is not None:
+        return found
     apart = _dearer(problem, 0.0, SHARED_COST * uses)
     found = _found(solver.solve(apart, QUICK))
     if found is None or _outlives(found, rings):
         return found and evaluate(problem, found.peers, found.ends)
     best: Ring | None = None
     for peer in rings[0].peers:
-        end = problem.end.copy()
-        end[peer] = problem.first[peer]
-        found = _found(solve(replace(apart, end=end)))
+        without = np.arange(len(uses)) == peer
+        found = _found(solver.solve(apart, GOOD, without))
         if found is None or not _outlives(found, rings):
             continue
         if best is None or cost_of(apart, found) < cost_of(apart, best):
@@ -295,7 +302,15 @@ def _load(snapshot: Snapshot, request: RouteRequest, rows: Rows, ring: Ring) -> 
     return float(np.dot(prices, np.diff([0, *ring.ends])) / request.layers)
 
 
-def _route(snapshot: Snapshot, request: RouteRequest, rows: Rows, ring: Ring) -> Route:
+def _route(
+    snapshot: Snapshot,
+    request: RouteRequest,
+    rows: Rows,
+    clients: cost.ClientWays,
+    ways: Ways,
+    ring: Ring,
+) -> Route:
+    """A ring as a route, predicted from what the search was made of."""
     columns = snapshot.columns(request.model)
     items = [columns.announcements[rows[peer]] for peer in ring.peers]
     edges = itertools.pairwise((0, *ring.ends))
@@ -303,12 +318,15 @@ def _route(snapshot: Snapshot, request: RouteRequest, rows: Rows, ring: Ring) ->
         Stage(item.peer, Span(first, end), item.addresses)
         for item, (first, end) in zip(items, edges, strict=True)
     )
-    return predicted(snapshot, request, stages)
+    return _told(cost.look_up_in(ways, clients, request, items, ring.peers), request, stages)
 
 
 def predicted(snapshot: Snapshot, request: RouteRequest, stages: Sequence[Stage]) -> Route:
     """`stages` as a route with its predicted times, its price, and what has to be measured."""
-    known = cost.look_up(snapshot, request, stages)
+    return _told(cost.look_up(snapshot, request, stages), request, stages)
+
+
+def _told(known: cost.Known, request: RouteRequest, stages: Sequence[Stage]) -> Route:
     median = cost.times(known, request, stages, 0.0)
     late = cost.times(known, request, stages, 1.0)
     return Route(

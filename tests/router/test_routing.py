@@ -30,7 +30,7 @@ from hexswarm.records import (
 from hexswarm.router import cost, native
 from hexswarm.router.candidates import usable
 from hexswarm.router.network import Snapshot, snapshot
-from hexswarm.router.routing import AVOID, find_route, replan
+from hexswarm.router.routing import AVOID, find_route, predicted, replan
 from tests.strategies import CLIENT, MODEL, NAME, OTHER_MODEL, peer_id, requests, snapshots
 
 LAYERS = 12
@@ -169,6 +169,17 @@ def test_the_answer_depends_on_nothing_else(
     rng.shuffle(words)
     again = snapshot(words, dict(view.links), view.taken_s)
     assert outcome(again, request, 50.0, rng) == outcome(view, request, 0.0, random.Random(0))
+
+
+@given(snapshots(), requests())
+def test_a_route_tells_what_anybody_would_predict(view: Snapshot, request: RouteRequest) -> None:
+    """The search predicts from its matrices, others look each way up: to the last bit the same."""
+    try:
+        found = find_route(view, request, 0.0, random.Random(0))
+    except NoRoute:
+        return
+    for told in (found, *found.spares):
+        assert replace(told, spares=()) == predicted(view, request, told.stages)
 
 
 def test_the_closing_link_counts() -> None:

@@ -227,3 +227,30 @@ def test_candidates_are_scored_alike_natively_and_in_python(seed: int, anywhere:
         anywhere=anywhere,
     )
     np.testing.assert_allclose(through(census), through_python(census), rtol=1e-9)
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 10**6), st.integers(2, 6), st.integers(2, 5))
+def test_barred_peers_take_no_part(seed: int, count: int, layers: int) -> None:
+    """The answer without some peers is that of the problem in which they hold nothing."""
+    problem = objectives(random_problem(seed, count, layers), random.Random(seed))
+    barred = np.random.default_rng(seed).random(count) < 0.4
+    found = Solver(problem).solve(barred=barred)
+    without = replace(problem, end=np.where(barred, problem.first, problem.end))
+    assert cost(problem, found) == pytest.approx(cost(without, solve_python(without)), rel=1e-9)
+    if isinstance(found, Ring):
+        assert not any(barred[peer] for peer in found.peers)
+
+
+@compiled
+@settings(max_examples=30)
+@given(st.integers(0, 10**6), st.integers(1, 3))
+def test_boxes_are_cut_without_losing_a_ring(seed: int, chunks: int) -> None:
+    """Where maxima weigh much and the limit on the first token is tight, in swarms whose searches
+    are long enough for boxes."""
+    problem = replace(random_problem(seed, 26, 18), weight_price=1.0, more_chunks=8.0 * chunks)
+    soonest = Solver(replace(problem, weight_price=0.0, weight_a=1.0, weight_max=1.0)).solve()
+    assert isinstance(soonest, Ring)
+    tight = replace(problem, limit_a=1.1 * search.ttft(problem, soonest))
+    mine, other = search.solve(tight), solve_python(tight)
+    assert cost(tight, mine) == pytest.approx(cost(tight, other), rel=1e-9)
