@@ -13,6 +13,18 @@ round trip to the farthest stage before its prompt may go; and the lease's own t
 Asking again (a longer lease, another route) does not prolong a reservation: a client that only
 ever asks holds nothing for longer than the rest of us would wait.
 
+One client may lease the whole pool as long as nobody else wants any of it: KV that lies idle helps
+nobody, and most peers serve few. Once another was refused for want of KV, it *waits*, for as long
+as it was told to and a little more, and meanwhile whoever holds more than `SHARE` of the pool gets
+no more of it, and loses the sessions in which nothing happened for `IDLE_S`. So a pool in which
+somebody squats is shared within half a minute, or is paid for in steps. Nothing that runs is taken
+away. Identities are free: this is fairness between users, and against a botnet no defence.
+Rejected: a fixed share (a lone user's long session would be refused by an idle peer), and taking
+running sessions away (their work is lost, and is done again elsewhere).
+
+Nothing is allocated for what was only asked: the pool is counted before anything else happens, and
+`kv_tokens` of any size is a comparison.
+
 Every answer tells the stage's load, with the sessions that it does not show yet
 (`peer/promises.py`), so that a client which was refused knows more than before.
 """
@@ -20,12 +32,13 @@ Every answer tells the stage's load, with the sessions that it does not show yet
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Protocol
 
 from hexswarm.errors import RemoteProtocolError, SessionClosed, UsageError
 from hexswarm.messages import Open, Opened, Refuse
-from hexswarm.peer.cache import KvFull
+from hexswarm.peer.cache import BLOCK_TOKENS, KvFull, blocks_of
 from hexswarm.peer.load import WINDOW_S
 from hexswarm.peer.promises import Promises
 from hexswarm.peer.sessions import StageSession
@@ -37,6 +50,12 @@ MAX_SESSIONS_PER_CLIENT = 256
 RESERVE_S = 10.0
 """As long as a link may take to come about (`links.HELLO_S`): by then a client has heard from the
 slowest of the stages that it opened together, whether that granted or not."""
+
+SHARE = 0.5
+"""Of the pool, for one client, while another waits for KV."""
+IDLE_S = 30.0
+"""So long may a session beyond the share rest while another waits."""
+MAX_WAITING = 1024
 
 AGAIN_S = WINDOW_S
 """When to ask again after a promise was refused: the load is another then."""
@@ -64,6 +83,15 @@ class Hosted:
     hidden: int
 
 
+@dataclass(slots=True)
+class _Held:
+    """What a session leases, and when it was last opened or stepped."""
+
+    client: PeerId
+    blocks: int
+    used_s: float
+
+
 Refusal = tuple[str, str, float]
 """Code, reason, seconds until it is worth asking again (0: never)."""
 
@@ -78,6 +106,11 @@ class Admission:
         self._reserved: dict[SessionKey, float] = {}
         """When each reservation ends; in that order, since all last equally long."""
         self._promises = Promises(hosted.layers)
+        self._held: dict[SessionKey, _Held] = {}
+        self._blocks: Counter[PeerId] = Counter()
+        """Of all sessions of a client."""
+        self._waiting: dict[PeerId, float] = {}
+        """Clients that were refused for want of KV, and until when they are waited for."""
 
     @property
     def due_s(self) -> float:
@@ -93,9 +126,10 @@ class Admission:
         """
         longer = held is not None and held.epoch == message.epoch
         refusal = self._why_not(client, message, held, sessions)
+        refusal = refusal or self._beyond_share(client, message, now)
         if refusal is None and not longer:
             refusal = self._breach(message, now)
-        refusal = refusal or self._lease(message, held)
+        refusal = refusal or self._lease(client, message, held, now)
         if refusal is not None:
             return self.refuse(message, refusal, now)
         if longer:  # it keeps what was promised
@@ -110,6 +144,8 @@ class Admission:
         """The session began, or goes on: from now on it lives as long as its lease."""
         self._reserved.pop(session, None)
         self._promises.wake(session, now)
+        if (held := self._held.get(session)) is not None:
+            held.used_s = now
 
     def rest(self, session: SessionKey) -> None:
         """A turn is over: what was promised waits for the next one."""
@@ -119,16 +155,20 @@ class Admission:
         """Free what the session holds."""
         self._reserved.pop(session, None)
         self._promises.release(session)
+        if (held := self._held.pop(session, None)) is not None:
+            self._blocks[held.client] -= held.blocks
+            if not self._blocks[held.client]:
+                del self._blocks[held.client]
         self._ledger.close(session)
 
     def overdue(self, now: float) -> list[SessionKey]:
-        """Sessions that were opened and not begun in time; `end` frees them."""
+        """Sessions not begun in time, or at rest on what others wait for; `end` frees them."""
         late = []
         for session, due_s in self._reserved.items():
             if due_s > now:
                 break
             late.append(session)
-        return late
+        return [*late, *self._squatting(late, now)]
 
     def grant(self, message: Open, now: float) -> Opened:
         load = self._load(message, now)
@@ -179,15 +219,74 @@ class Admission:
         breach = self._promises.judge(*self._asked(message), speed, load, now)
         return None if breach is None else (breach.code, breach.reason, AGAIN_S)
 
-    def _lease(self, message: Open, held: StageSession | None) -> Refusal | None:
+    def _beyond_share(self, client: PeerId, message: Open, now: float) -> Refusal | None:
+        """Who holds its share gets no more while others wait."""
+        held = self._held.get(message.session)
+        more = blocks_of(message.kv_tokens) - (0 if held is None else held.blocks)
+        if more <= 0 or not self._others_wait(client, now):
+            return None
+        if self._blocks[client] + more <= SHARE * self._pool():
+            return None
+        return "full", f"others wait for KV, and {SHARE:.0%} of it is one client's share", AGAIN_S
+
+    def _squatting(self, late: list[SessionKey], now: float) -> list[SessionKey]:
+        """Of those who hold more than their share while others wait: what rests, longest first.
+
+        So much that the share is left; what ends anyway (`late`) counts.
+        """
+        if not self._waiting:
+            return []
+        surplus = {client: blocks - SHARE * self._pool() for client, blocks in self._blocks.items()}
+        for session in late:
+            surplus[self._held[session].client] -= self._held[session].blocks
+        found = []
+        for session, held in sorted(self._held.items(), key=lambda item: item[1].used_s):
+            if now - held.used_s < IDLE_S:
+                break
+            beyond = surplus[held.client] > 0 and session not in late
+            if beyond and self._others_wait(held.client, now):
+                surplus[held.client] -= held.blocks
+                found.append(session)
+        return found
+
+    def _others_wait(self, client: PeerId, now: float) -> bool:
+        for other, until_s in list(self._waiting.items()):
+            if until_s < now:
+                del self._waiting[other]
+        return any(other != client for other in self._waiting)
+
+    def _pool(self) -> int:
+        """Blocks in all."""
+        free = self._ledger.load_now(prompts=False).free_kv_tokens // BLOCK_TOKENS
+        return free + self._blocks.total()
+
+    def _wait(self, client: PeerId, retry_s: float, now: float) -> None:
+        self._waiting.pop(client, None)
+        if retry_s:
+            self._waiting[client] = now + retry_s + AGAIN_S
+        if len(self._waiting) > MAX_WAITING:
+            del self._waiting[next(iter(self._waiting))]
+
+    def _lease(
+        self, client: PeerId, message: Open, held: StageSession | None, now: float
+    ) -> Refusal | None:
         take = self._ledger.open if held is None else self._ledger.extend
         try:
             take(message.session, message.kv_tokens)
         except KvFull as error:
+            self._wait(client, error.retry_s, now)
             return "full", f"KV is full: {error.cause}", error.retry_s
         except (UsageError, RemoteProtocolError, SessionClosed) as error:
             return "invalid", error.cause, 0.0
+        self._waiting.pop(client, None)
+        self._count(client, message, now)
         return None
+
+    def _count(self, client: PeerId, message: Open, now: float) -> None:
+        blocks = blocks_of(message.kv_tokens)
+        held = self._held.setdefault(message.session, _Held(client, 0, now))
+        self._blocks[client] += max(0, blocks - held.blocks)
+        held.blocks = max(held.blocks, blocks)
 
 
 def _fields(load: Load) -> tuple[float, float, float, int]:

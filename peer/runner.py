@@ -3,8 +3,9 @@
 The rows of a batch are independent computations that share the reading of the weights, and the
 runner keeps them so: a row with an id outside the vocabulary, activations that are not finite or a
 block table that does not fit gets an error of its own and never enters the batch, hence never
-touches the KV store or its neighbours; a row whose own result overflows fails alone, too. Only
-running out of memory concerns the whole batch and is raised.
+touches the KV store or its neighbours; a row whose own result overflows fails alone, too. So do
+activations of a size that no model has (`MAX_ACTIVATION`), on either side. Only running out of
+memory concerns the whole batch and is raised.
 
 Sessions may use different parts of the span; rows with the same part run together. Payload bytes
 are elements in the machine's order, which is little-endian wherever we run.
@@ -29,6 +30,10 @@ from hexswarm.peer.steps import Activations, Batch, Result, Row, SessionKey, Tai
 from hexswarm.records import Span
 
 assert sys.byteorder == "little", "payloads are little-endian"
+
+MAX_ACTIVATION = 1e9
+"""Largest element that is taken or handed on. The largest ones published for open models are about
+2e4; the squares of a whole row of these can still be summed in float32, as its norm does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +88,10 @@ class Runner:
                     results[entry.index] = result
         return [result for result in results if result is not None]
 
+    def forget(self, blocks: Sequence[int]) -> None:
+        """Erase what a session that ended left in its blocks."""
+        self.pool.clear(blocks)
+
     def _admit(self, index: int, row: Row, policies: Mapping[SessionKey, TailPolicy]) -> _Entry:
         """Check all that a row may get wrong by itself; HexswarmError says what."""
         span, shard = row.span or self.shard.span, self.shard
@@ -119,8 +128,8 @@ class Runner:
         raw = torch.from_numpy(np.frombuffer(data, np.uint8).copy())
         x = raw.view(dtype).view(row.count, hidden)
         x = x.to(self.shard.dtype)
-        if not _finite(x):
-            raise UsageError("incoming activations are not finite")
+        if not _sane(x):
+            raise UsageError(f"incoming activations are not finite, or above {MAX_ACTIVATION:g}")
         return x
 
     def _run_group(self, span: Span, entries: list[_Entry]) -> list[Result]:
@@ -161,15 +170,16 @@ class Runner:
 
 def _hand_on(x: Tensor, entries: list[_Entry], dtype: str) -> list[Result]:
     """Copy each row's activations out."""
-    results, first, all_finite = [], 0, _finite(x)
+    results, first, all_sane = [], 0, _sane(x)
     for entry in entries:
         part = x[first : first + entry.row.count]
         first += entry.row.count
-        if all_finite or _finite(part):
+        if all_sane or _sane(part):
             data = _as_bytes(part).numpy().tobytes()
             results.append(Result(entry.row, activations=Activations(data, dtype)))
         else:
-            results.append(Result(entry.row, error="computed activations are not finite"))
+            error = f"computed activations are not finite, or above {MAX_ACTIVATION:g}"
+            results.append(Result(entry.row, error=error))
     return results
 
 
@@ -198,6 +208,12 @@ def _choose_one(line: Tensor, row: Row, policy: TailPolicy) -> Result:
         return Result(row, token=choose(line, policy.sampling, policy.history, position))
     except UsageError as error:
         return Result(row, error=error.cause)
+
+
+def _sane(x: Tensor) -> bool:
+    """Whether all elements are numbers that a model's residual stream may hold."""
+    lowest, highest = x.aminmax()  # a NaN comes through and fails both comparisons
+    return float(lowest) >= -MAX_ACTIVATION and float(highest) <= MAX_ACTIVATION
 
 
 def _finite(x: Tensor) -> bool:

@@ -1,9 +1,8 @@
 """hivemind's DHT in our own event loop: announce, read, and refuse what is not in order.
 
 `SwarmDht` wraps one `DHTNode`. No DHT process is started (measured: no gain, 100-200 MiB more).
-Two things are done before a node exists, because hivemind's defaults let a stranger erase or forge
-records: our validator is installed on every node (`directory.check_record`), and the depth of its
-recursive msgpack decoding is bounded.
+hivemind's defaults let a stranger erase, forge and hide records, so every node has our validator
+(`directory.check_record`), and what it decodes, keeps and believes is bounded (`hexswarm.guard`).
 
 The node joins by dialling addresses itself (bootstraps and peers remembered on disk) instead of
 giving them to the daemon: a daemon with only dead bootstraps refuses to start, and a swarm must
@@ -14,30 +13,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import json
-import logging
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hexswarm.clock import Clock
 from hexswarm.directory import (
     EXPIRE_S,
     INDEX,
     SignedAnnouncement,
-    check_record,
     directory_key,
     open_record,
     shard_of,
 )
 from hexswarm.errors import BootstrapUnreachable, PeerLost, RemoteProtocolError
+from hexswarm.guard import ask_time, guard_decoding, guard_node, use_time, validator
 from hexswarm.records import PeerId, Remembered
+from hexswarm.skew import ASKED, LIMIT_S, Sample, SteadyClock, offset, skew
 from hexswarm.transports.libp2p import Libp2pTransport, check_address, load_hivemind
 
-log = logging.getLogger(__name__)
-
-MAX_DEPTH = 8
 JOIN_S = 6.0
 CLOSE_S = 5.0
 REMEMBER = 64
@@ -60,16 +55,19 @@ class SwarmDht:
         remembered: Sequence[Remembered] = (),
         client: bool = False,
         alone: bool = False,
-        clock: Any,
+        clock: Clock,
     ) -> SwarmDht:
         """Start a node and enter the swarm.
 
         Without any bootstrap address a new swarm begins (unless a remembered peer answers).
         Raises BootstrapUnreachable if addresses were given, nobody answered and
-        it was not asked to stay `alone`.
+        it was not asked to stay `alone`; ClockSkew if those who answered have another time (a node
+        that may be `alone` joins all the same: it may be they who are wrong).
         """
         hivemind = load_hivemind()
-        _guard_decoding()
+        if isinstance(clock, SteadyClock):
+            use_time(clock.wall)
+        guard_decoding()
         nodes = _targets(bootstrap, remembered)
         answered = await _dial_all(transport, nodes)
         if bootstrap and not answered and not alone:
@@ -81,7 +79,7 @@ class SwarmDht:
             p2p=transport.p2p,
             initial_peers=[f"/ip4/127.0.0.1/tcp/1/p2p/{peer}" for peer in answered] or None,
             client_mode=client,
-            record_validator=_validator(clock),
+            record_validator=validator(clock),
             ensure_bootstrap_success=False,
             num_workers=8,
             wait_timeout=3,
@@ -91,6 +89,13 @@ class SwarmDht:
             cache_nearest=0,
             strict=False,
         )
+        guard_node(node, clock)
+        samples = await ask_time(node, clock, ASKED)
+        if isinstance(clock, SteadyClock):
+            clock.judge(samples)
+        if abs(ahead_s := offset(samples)) > LIMIT_S and not alone:
+            await _shut(node)
+            raise skew(ahead_s, len(samples))
         return cls(transport, node)
 
     async def announce(self, record: SignedAnnouncement, shards: int = 1) -> bool:
@@ -107,9 +112,10 @@ class SwarmDht:
     async def read(self, model: str = INDEX, shards: int = 1) -> list[SignedAnnouncement]:
         """All announcements of `model` (a digest) that can be found now."""
         keys = [directory_key(model, shard, shards) for shard in range(shards)]
-        found = await self._node.get_many(keys, sufficient_expiration_time=float("inf"))
+        # One by one: several full shards would not fit one answer.
+        found = await asyncio.gather(*(self._node.get(key, latest=True) for key in keys))
         records = []
-        for entry in found.values():
+        for entry in found:
             if entry is None or not isinstance(entry.value, dict):
                 continue
             for item in entry.value.values():
@@ -138,10 +144,18 @@ class SwarmDht:
             if isinstance(outcome, PeerLost):
                 self._dialled.discard(PeerId(outcome.peer))
 
+    async def times(self, clock: Clock) -> list[Sample]:
+        """What a few other nodes say of our time."""
+        return await ask_time(self._node, clock, ASKED)
+
     async def close(self) -> None:
-        with contextlib.suppress(TimeoutError):  # a dead daemon never answers
-            async with asyncio.timeout(CLOSE_S):
-                await self._node.shutdown()
+        await _shut(self._node)
+
+
+async def _shut(node: Any) -> None:
+    with contextlib.suppress(TimeoutError):  # a dead daemon never answers
+        async with asyncio.timeout(CLOSE_S):
+            await node.shutdown()
 
 
 def _targets(
@@ -167,44 +181,6 @@ async def _dial_all(
         if isinstance(outcome, BaseException) and not isinstance(outcome, PeerLost):
             raise outcome
     return [peer for (peer, _), outcome in zip(others, outcomes, strict=True) if outcome is None]
-
-
-def _validator(clock: Any) -> Any:
-    """Our admission rule in hivemind's shape; made at run time, for its base class is theirs."""
-    base = load_hivemind().RecordValidatorBase
-
-    class AnnouncementValidator(base):  # type: ignore[misc, valid-type]
-        def validate(self, record: Any) -> bool:
-            try:
-                check_record(
-                    record.key, record.subkey, record.value, record.expiration_time, clock.wall()
-                )
-            except RemoteProtocolError as error:
-                log.debug("refused a DHT record: %s", error)
-                return False
-            return True
-
-    return AnnouncementValidator()
-
-
-@functools.cache
-def _guard_decoding() -> None:
-    """Bound the recursion of hivemind's msgpack decoding (process-wide, once)."""
-    serializer = load_hivemind().MSGPackSerializer
-    original = serializer._decode_ext_types.__func__
-    state = threading.local()
-
-    def guarded(cls: Any, type_code: int, data: bytes) -> Any:
-        depth = getattr(state, "depth", 0)
-        if depth >= MAX_DEPTH:
-            raise ValueError("a record is nested too deeply")
-        state.depth = depth + 1
-        try:
-            return original(cls, type_code, data)
-        finally:
-            state.depth = depth
-
-    serializer._decode_ext_types = classmethod(guarded)
 
 
 # --- peers remembered on disk ------------------------------------------------------------------

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from hexswarm.messages import Message
 from hexswarm.records import PeerId
 from hexswarm.transports.base import Stream
-from hexswarm.wire import FrameDecoder, pack
+from hexswarm.wire import FULL, FrameDecoder, Limits, pack
 
 STEP, BULK = 0, 1
 
@@ -19,11 +19,19 @@ Outgoing = tuple[Message, bytes | memoryview]
 class Link:
     """Both lanes to one neighbour, and what is known of its life."""
 
-    def __init__(self, peer: PeerId, name: bytes, now: float, *, dialled: bool) -> None:
+    def __init__(
+        self, peer: PeerId, name: bytes, now: float, *, dialled: bool, block: str = ""
+    ) -> None:
         self.peer = peer
         self.name = name
         self.dialled = dialled
         """By us."""
+        self.block = block
+        """Of addresses, to which the peer's belongs; "" for none (`hexswarm.quota`)."""
+        self.limits: Limits = FULL
+        """What the peer may send, by its role (`hexswarm.guests`)."""
+        self.partner_s = -math.inf
+        """When we last depended on it for a session, as far as is known."""
         self.lanes: dict[int, Stream] = {}
         self.decoders: dict[int, FrameDecoder] = {}
         self.since_s = now
@@ -39,6 +47,27 @@ class Link:
     @property
     def whole(self) -> bool:
         return len(self.lanes) == 2
+
+    @property
+    def useful_s(self) -> float:
+        """When it was last of use; being here counts once."""
+        return max(self.since_s, self.partner_s)
+
+    @property
+    def unfinished(self) -> int:
+        """Bytes held of frames that are not complete."""
+        return sum(decoder.held for decoder in self.decoders.values())
+
+    @property
+    def backlog(self) -> int:
+        """Bytes that it has not taken from us."""
+        return sum(stream.backlog for stream in self.lanes.values())
+
+    def become(self, limits: Limits) -> None:
+        """From now on the peer may send this much."""
+        self.limits = limits
+        for decoder in self.decoders.values():
+            decoder.limits = limits
 
     def stalled(self, now: float) -> bool:
         return any(decoder.stalled(now) for decoder in self.decoders.values())

@@ -17,7 +17,9 @@ Life is judged by bytes: a watched neighbour (one that a session depends on) tha
 for `PING_AFTER_S` is pinged on each of its links, and answers where it was asked; a link that stays
 silent for `silence_s` is lost. If we ourselves were held up (a machine that swaps, a long call),
 that time is nobody's silence. What pings and bulk frames tell of the way, `hexswarm.measuring`
-keeps: round trip, jitter and bandwidth to every neighbour (`Links.ways`).
+keeps: round trip, jitter and bandwidth to every neighbour (`Links.ways`). How incoming streams
+become links is `hexswarm.lobby`'s; what neighbours may hold and how much they may say depends on
+whether they take part in a session (`hexswarm.guests`, `hexswarm.quota`).
 """
 
 from __future__ import annotations
@@ -31,31 +33,39 @@ from collections.abc import Callable, Iterable, Sequence
 
 from hexswarm.clock import Clock
 from hexswarm.errors import PeerLost, RemoteProtocolError
+from hexswarm.guests import (
+    GRACE_S,
+    GUEST,
+    GUEST_BACKLOG_BYTES,
+    PARTNER,
+    SMALL_BYTES,
+    chokes,
+    gives_way,
+    hoards,
+)
 from hexswarm.link import BULK as BULK
 from hexswarm.link import STEP as STEP
 from hexswarm.link import Link
 from hexswarm.link import Outgoing as Outgoing
+from hexswarm.lobby import HELLO_S, Lobby, greeting, hello
 from hexswarm.measuring import KINDS, MEASURE_S, SAMPLES, Measuring
-from hexswarm.messages import PROTOCOL_VERSION, Hello, Message
+from hexswarm.messages import PROTOCOL_VERSION, Hello, Hidden, Logits, Message, Token, Tokens
 from hexswarm.meter import Inflow
+from hexswarm.quota import Quotas
 from hexswarm.records import Link as Way
 from hexswarm.records import PeerId
 from hexswarm.transports.base import Stream, Transport
-from hexswarm.wire import Frame, FrameDecoder, pack
+from hexswarm.wire import Frame, FrameDecoder
 
 log = logging.getLogger(__name__)
 
 PING_AFTER_S = 2.0
 TICK_S = 0.5
-HELLO_S = 10.0
-"""Limit for both lanes to be open and greeted."""
 READ_BYTES = 1 << 18
-MAX_BACKLOG_BYTES = 256 << 20
-"""A neighbour that lets this much pile up is lost: it reads slower than we compute."""
-MAX_HALF_OPEN = 64
-"""Incoming links of which one lane is here; a newer one takes the place of the oldest."""
-MAX_HALF_OPEN_EACH = 4
-"""The same, of one peer."""
+MAX_DIALLING = 256
+"""Ways to others that are being opened: strangers name them, too."""
+FLOW = frozenset((Tokens, Hidden, Token, Logits))
+"""What sessions consist of; everything else is control, and counted."""
 
 
 class Links:
@@ -85,7 +95,8 @@ class Links:
         self._ping_after_s = min(PING_AFTER_S, silence_s / 4)
         self._tick_s = min(TICK_S, silence_s / 8)
         self._links: dict[PeerId, list[Link]] = {}
-        self._half_open: dict[tuple[PeerId, bytes], Link] = {}
+        self._quotas = Quotas()
+        self._lobby = Lobby(clock, self._quotas, software)
         self._dialling: dict[PeerId, asyncio.Task[None]] = {}
         self._watched: Counter[PeerId] = Counter()
         self._measuring = Measuring(self, clock)
@@ -104,9 +115,9 @@ class Links:
         """End all links; nobody is told that they are lost."""
         self._closed = True
         links = [link for links in self._links.values() for link in links]
-        links += self._half_open.values()
+        links += self._lobby.half_open.values()
         self._links.clear()
-        self._half_open.clear()
+        self._lobby.half_open.clear()
         tasks = {*self._tasks, *self._dialling.values(), *self._measuring.close()}
         for link in links:
             link.close()
@@ -132,6 +143,8 @@ class Links:
             return
         task = self._dialling.get(peer)
         if task is None:
+            if len(self._dialling) >= MAX_DIALLING:
+                raise PeerLost(peer, None, "is not dialled: too many others are")
             task = asyncio.create_task(self._dial(peer, tuple(addresses)))
             self._dialling[peer] = task
             task.add_done_callback(lambda done: self._dialled(peer, done))
@@ -155,21 +168,31 @@ class Links:
         link.use(self._clock.monotonic())
         if lane == BULK:
             self._measuring.bulk_moved()
-        if link.write(outgoing, lane) > MAX_BACKLOG_BYTES:
-            self._drop(link, "does not read what it is sent")
-            return False
-        return True
+        return self._write(link, outgoing, lane)
+
+    def _write(self, link: Link, outgoing: Sequence[Outgoing], lane: int = STEP) -> bool:
+        """False if the link does not take it."""
+        if link.write(outgoing, lane) <= GUEST_BACKLOG_BYTES:
+            return True
+        if slowest := chokes(link, self._all()):
+            self._drop(slowest, "does not read what it is sent")
+        return slowest is not link
 
     def watch(self, peer: PeerId) -> None:
         """Depend on `peer`: notice within `silence_s` when it goes silent."""
         self._watched[peer] += 1
+        now = self._clock.monotonic()
         for link in self._links.get(peer, ()):
-            link.heard_s = max(link.heard_s, self._clock.monotonic() - self._ping_after_s)
+            link.heard_s = max(link.heard_s, now - self._ping_after_s)
+            if link.limits is not PARTNER:
+                link.become(PARTNER)
 
     def unwatch(self, peer: PeerId) -> None:
         self._watched[peer] -= 1
         if self._watched[peer] <= 0:
             del self._watched[peer]
+            for link in self._links.get(peer, ()):
+                link.partner_s = self._clock.monotonic()
 
     # --- measuring ------------------------------------------------------------------------
 
@@ -241,8 +264,7 @@ class Links:
     def tell(self, peer: PeerId, message: Message, payload: bytes = b"", lane: int = STEP) -> bool:
         """Send something that belongs to no session; False if there is no link."""
         for link in self._links.get(peer, ())[:1]:
-            link.write([(message, payload)], lane)
-            return True
+            return self._write(link, [(message, payload)], lane)
         return False
 
     def silent_s(self, peer: PeerId) -> float:
@@ -264,12 +286,9 @@ class Links:
         return True
 
     def _ping(self, link: Link) -> None:
-        link.write([(self._measuring.ping(link.peer), b"")])
+        self._write(link, [(self._measuring.ping(link.peer), b"")])
 
     # --- making links ---------------------------------------------------------------------
-
-    def _hello(self, link: bytes, lane: int) -> list[bytes | memoryview]:
-        return pack(Hello(PROTOCOL_VERSION, self._software, lane, link))
 
     async def _dial(self, peer: PeerId, addresses: tuple[str, ...]) -> None:
         link = Link(peer, os.urandom(16), self._clock.monotonic(), dialled=True)
@@ -278,11 +297,12 @@ class Links:
             async with asyncio.timeout(HELLO_S):
                 for lane in (STEP, BULK):
                     stream = await self._transport.dial(peer, addresses)
-                    link.lanes[lane], link.decoders[lane] = stream, FrameDecoder()
-                    stream.write(self._hello(link.name, lane))
+                    link.lanes[lane], link.decoders[lane] = stream, FrameDecoder(GUEST)
+                    link.block = stream.block
+                    stream.write(hello(link.name, lane, self._software))
                 for lane, stream in link.lanes.items():
-                    hello, early[lane] = await self._greeting(stream, link.decoders[lane])
-                    _check_version(hello)
+                    said, early[lane] = await greeting(stream, link.decoders[lane], self._clock)
+                    _check_version(said)
         except TimeoutError as error:
             link.close()
             raise PeerLost(peer, None, "did not answer") from error
@@ -298,66 +318,34 @@ class Links:
             link.tasks.add(task)
             task.add_done_callback(link.tasks.discard)
 
-    async def _greeting(self, stream: Stream, decoder: FrameDecoder) -> tuple[Hello, list[Frame]]:
-        """The other side's Hello, and frames that came right behind it."""
-        frames: list[Frame] = []
-        while not frames:
-            data = await stream.read(READ_BYTES)
-            if not data:
-                raise PeerLost(stream.remote, None, "hung up")
-            frames = decoder.feed(data, self._clock.monotonic())
-        hello = frames[0].message
-        if not isinstance(hello, Hello):
-            raise RemoteProtocolError("no greeting")
-        return hello, frames[1:]
-
     async def _accept(self, stream: Stream) -> None:
         """Serve one incoming lane until it ends."""
-        task = asyncio.current_task()
+        task, peer = asyncio.current_task(), stream.remote
         assert task is not None
         self._tasks.add(task)
         try:
             await self._serve(stream)
         except (TimeoutError, RemoteProtocolError, PeerLost) as error:
-            log.debug("refused a stream of %s: %s", stream.remote[-8:], error)
+            log.debug("refused a stream of %s: %s", peer[-8:], error)
+            stream.close()
+            if not isinstance(error, PeerLost):
+                self._shed(peer)
         finally:
             self._tasks.discard(task)
             stream.close()
 
     async def _serve(self, stream: Stream) -> None:
-        decoder = FrameDecoder()
-        async with asyncio.timeout(HELLO_S):
-            hello, early = await self._greeting(stream, decoder)
-        if hello.version != PROTOCOL_VERSION:
-            stream.write(self._hello(hello.link, hello.lane))  # so that it learns why
-        _check_version(hello)
-        key = (stream.remote, hello.link)
-        link = self._half_open.get(key) or self._begin(key)
-        if link is None or hello.lane in link.lanes:
-            return
-        link.lanes[hello.lane], link.decoders[hello.lane] = stream, decoder
-        stream.write(self._hello(link.name, hello.lane))
-        if link.whole:
-            del self._half_open[key]
-            self._join(link)
-        try:
-            await self._pump(link, hello.lane, early)
-        finally:
-            if self._half_open.get(key) is link:
-                del self._half_open[key]
-
-    def _begin(self, key: tuple[PeerId, bytes]) -> Link | None:
-        """A half-open link; too many of one peer, or in all, make the oldest give way."""
         if self._closed:
-            return None
-        peer, name = key
-        same = [other for other in self._half_open if other[0] == peer]
-        if len(same) >= MAX_HALF_OPEN_EACH:
-            self._half_open.pop(same[0]).close()
-        elif len(self._half_open) >= MAX_HALF_OPEN:
-            self._half_open.pop(next(iter(self._half_open))).close()
-        link = self._half_open[key] = Link(peer, name, self._clock.monotonic(), dialled=False)
-        return link
+            return
+        lane = await self._lobby.receive(stream, partner=stream.remote in self._watched)
+        if lane is None or self._closed:
+            return
+        try:
+            if lane.link.whole:
+                self._join(lane.link)
+            await self._pump(lane.link, lane.number, lane.early)
+        finally:
+            self._lobby.end(lane.link)
 
     def _join(self, link: Link) -> None:
         """Both lanes are there: use the link, and end those that it replaces."""
@@ -367,6 +355,22 @@ class Links:
             if held.dialled == link.dialled or now - held.since_s > HELLO_S:
                 self._drop(held, "began anew")
         self._links.setdefault(link.peer, []).append(link)
+        link.become(PARTNER if link.peer in self._watched else GUEST)
+        guests = (other for other in self._all() if other.peer not in self._watched)
+        if out := gives_way(guests, link):
+            self._drop(out, "gave way to others: no session used it")
+            self._shed(out.peer)
+
+    def _all(self) -> list[Link]:
+        return [link for links in self._links.values() for link in links]
+
+    def _shed(self, peer: PeerId) -> None:
+        """End the connection itself of somebody who is of no use to us.
+
+        A closed stream goes on at the other end, and in the transport, as long as that end likes.
+        """
+        if not (peer in self._watched or peer in self._dialling or self.connected(peer)):
+            self._transport.hang_up(peer)
 
     # --- reading --------------------------------------------------------------------------
 
@@ -375,6 +379,7 @@ class Links:
         stream, decoder, inflow = link.lanes[lane], link.decoders[lane], Inflow()
         try:
             self._take(link, early, lane)
+            await self._finish(link, decoder, lane)
             while (data := await stream.read(READ_BYTES)) and not link.closed:
                 now = link.heard_s = self._clock.monotonic()
                 frames = decoder.feed(data, now)
@@ -383,35 +388,77 @@ class Links:
                     largest = max((len(frame.payload) for frame in frames), default=None)
                     if burst := inflow.read(len(data), largest, now):
                         bytes_per_s = self._measuring.arrived(link.peer, *burst)
-                self._take(link, frames, lane, bytes_per_s)
+                pause_s = self._take(link, frames, lane, bytes_per_s)
+                if decoder.more:
+                    pause_s = max(pause_s, await self._finish(link, decoder, lane))
+                if decoder.held > SMALL_BYTES:
+                    self._weigh()
+                if pause_s:
+                    await asyncio.sleep(pause_s)
         except RemoteProtocolError as error:
             how = f"broke the protocol: {error}"
         finally:
             self._drop(link, how)
+            if how != "vanished":
+                self._shed(link.peer)
+
+    async def _finish(self, link: Link, decoder: FrameDecoder, lane: int) -> float:
+        """Take what the decoder still has of the last read, a few frames a turn of the loop."""
+        pause_s = 0.0
+        while decoder.more and not link.closed:
+            await asyncio.sleep(0)
+            frames = decoder.feed(b"", self._clock.monotonic())
+            pause_s = max(pause_s, self._take(link, frames, lane))
+        return pause_s
+
+    def _weigh(self) -> None:
+        """Drop the link that holds most bytes of unfinished frames, if all hold too many."""
+        if out := hoards(self._all()):
+            self._drop(out, "held too much that it did not finish")
+            self._shed(out.peer)
 
     def _take(
         self, link: Link, frames: list[Frame], lane: int = STEP, bytes_per_s: float = 0.0
-    ) -> None:
-        """Hand on what arrived on a lane, the last of it at `bytes_per_s` (0: not known)."""
-        rest = []
+    ) -> float:
+        """Hand on what arrived on a lane, the last of it at `bytes_per_s` (0: not known).
+
+        The seconds for which not to read from it; raises RemoteProtocolError.
+        """
+        if not frames:
+            return 0.0
+        if not link.whole:
+            raise RemoteProtocolError("frames out of place: a link begins with two greetings")
+        partner, now = link.limits is PARTNER, link.heard_s
+        if not partner and not self._quotas.guest(link.peer, len(frames), now):
+            raise RemoteProtocolError("too many frames of somebody who shares no session with us")
+        rest, control = [], 0
         for frame in frames:
             message = frame.message
-            if isinstance(message, Hello) or not link.whole:
+            if type(message) in FLOW:
+                rest.append(frame)
+                continue
+            control += 1
+            if isinstance(message, Hello):
                 raise RemoteProtocolError("frames out of place: a link begins with two greetings")
             if isinstance(message, KINDS):
                 size = len(frame.payload)
                 answer = self._measuring.take(link.peer, message, size, bytes_per_s)
                 if answer is not None:
-                    link.write([(answer, b"")])
+                    self._write(link, [(answer, b"")])
             else:
                 rest.append(frame)
-        if not rest:
-            return
+        if rest:
+            self._hand_on(link, rest, lane)
+        return self._quotas.control(link.peer, control, now) if partner and control else 0.0
+
+    def _hand_on(self, link: Link, frames: list[Frame], lane: int) -> None:
+        if link.closed:
+            return  # an answer to one of them was too much, and the loss has been told
         link.use(link.heard_s)
         if lane == BULK:
             self._measuring.bulk_moved()
         try:
-            self._on_frames(link.peer, rest)
+            self._on_frames(link.peer, frames)
         except Exception:  # a mistake of ours: be loud, and leave no session half served
             log.exception("frames from %s could not be handled", link.peer[-8:])
             self._drop(link, "sent what could not be handled")
@@ -443,16 +490,17 @@ class Links:
     def _beat(self, now: float) -> None:
         late_s = now - self._beat_s - self._tick_s
         self._beat_s = now
-        for link in [link for links in self._links.values() for link in links]:
+        for link in self._all():
             if late_s > self._tick_s:
                 link.heard_s = min(now, link.heard_s + late_s)  # we did not listen
             if link.stalled(now):
                 self._drop(link, "takes too long for a frame")
+                self._shed(link.peer)
             elif link.peer in self._watched:
                 self._check(link, now - link.heard_s)
-        for link in list(self._half_open.values()):
-            if now - link.since_s > HELLO_S:
-                link.close()
+            elif link.limits is PARTNER and now - link.partner_s > GRACE_S:
+                link.become(GUEST)
+        self._lobby.beat(now)
         self._measuring.beat(now)
 
     def _check(self, link: Link, silent_s: float) -> None:

@@ -12,7 +12,7 @@ at most: so it asks one of the two (`Measure`), just before it uses that way.
 
 What strangers may cause is bounded. Whoever asks gets `ASKS_EACH` measurements in `ASKS_S`, all
 together `ASKS_ALL`, `ASKS_AT_ONCE` at a time; beyond that the answer is "not known", at once. A
-probe is `PROBE_BYTES` long, a longer one or more than `PROBES_EACH` in a minute end the link. We
+probe is `PROBE_BYTES` long; a longer one or more than `PROBES_EACH` in a minute end the link. We
 probe one neighbour in `PROBE_EVERY_S`, each again after `PROBE_AGAIN_S`, and never while a session
 moves bulk: its prompt is measured anyway, and must not wait. Links that were made to measure alone
 end after `CASUAL_S` without a sample, else random neighbours would add up to a full mesh.
@@ -52,7 +52,7 @@ ASKS_AT_ONCE = 4
 PROBE_BYTES = 128 << 10
 """As long as a usual piece of a prompt (64 to 256 KiB), and long enough that the bytes after the
 first read take a millisecond at a gigabit: below that our own loop would be measured."""
-MAX_PROBE_BYTES = 256 << 10
+MAX_PROBE_BYTES = PROBE_BYTES
 PROBES_EACH = 6
 """Accepted from one neighbour in a minute."""
 PROBE_EVERY_S = 5.0

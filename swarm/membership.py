@@ -20,6 +20,7 @@ from hexswarm.dht import SwarmDht, load_remembered, save_remembered
 from hexswarm.directory import INDEX, Directory, SignedAnnouncement
 from hexswarm.links import Links
 from hexswarm.records import Announcement, Coordinates, PeerId, Remembered
+from hexswarm.skew import SteadyClock
 from hexswarm.transports.libp2p import Libp2pTransport
 from hexswarm.wire import Frame
 
@@ -51,7 +52,8 @@ class Membership:
 
     def __init__(self, config: NetworkConfig, clock: Clock, *, software: str) -> None:
         self.config = config
-        self.clock = clock
+        self.clock = SteadyClock(clock)
+        """What this process goes by in the swarm, whatever becomes of the machine's clock."""
         self.directory = Directory()
         self.transport: Libp2pTransport
         self.dht: SwarmDht
@@ -61,6 +63,7 @@ class Membership:
         self._refreshed_s: dict[str, float] = {}
         self._refresher: asyncio.Task[None] | None = None
         self._joined_s = 0.0
+        self._complained = False
         self._place: Coordinates | None = None
         self._place_again_s = 0.0
 
@@ -75,7 +78,7 @@ class Membership:
     ) -> None:
         """Enter the swarm; a `ListenConfig` also listens. `alone`: nobody needs to answer.
 
-        Raises AddressInUse, BootstrapUnreachable, NetworkError or UsageError.
+        Raises AddressInUse, BootstrapUnreachable, ClockSkew, NetworkError or UsageError.
         """
         config = self.config
         listening = isinstance(config, ListenConfig)
@@ -140,7 +143,20 @@ class Membership:
 
     def take(self, records: list[SignedAnnouncement]) -> None:
         """Merge announcements, wherever they came from."""
-        self.directory.merge(records)
+        self.directory.merge(records, self.clock.wall())
+
+    async def announce(self, record: SignedAnnouncement) -> bool:
+        """Tell the swarm; False, and a warning that says why, if nobody took the word."""
+        self.take([record])
+        if await self.dht.announce(record):
+            return True
+        self.clock.judge(await self.dht.times(self.clock))
+        trouble = self.clock.trouble()
+        if trouble is None:
+            log.warning("nobody took the announcement; does any other node run?")
+        else:
+            log.warning("nobody took the announcement: %s", trouble)
+        return False
 
     def others(self) -> list[Announcement]:
         """Everybody alive but this process."""
@@ -185,6 +201,20 @@ class Membership:
                 except Exception as error:  # hivemind raises many kinds; the view stays old
                     log.warning("reading the directory failed: %r", error)
             self.directory.expire(self.clock.wall())
+            if self.clock.due:
+                await self._check_time()
+
+    async def _check_time(self) -> None:
+        """Compare clocks with the swarm, and say it once if the machine's is wrong."""
+        try:
+            self.clock.judge(await self.dht.times(self.clock))
+        except Exception as error:  # hivemind raises many kinds
+            log.debug("asking for the time failed: %r", error)
+            return
+        trouble = self.clock.trouble()
+        if trouble is not None and not self._complained:
+            log.warning("%s; until then this process goes by its own time", trouble)
+        self._complained = trouble is not None
 
     def _young(self) -> bool:
         if not isinstance(self.config, ListenConfig):

@@ -1,9 +1,10 @@
 """Text to token ids and back, the latter one token at a time.
 
 transformers knows every tokenizer's files and quirks, so it is used, with local files only and
-never with code from a model's folder. Chat templates are programs by strangers too: transformers
-renders them in Jinja's `ImmutableSandboxedEnvironment`, where no attribute that leads to Python's
-internals can be reached (a test holds this); a template that tries or fails is a `UsageError`.
+never with code from a model's folder. Chat templates are programs by strangers too. They come from
+the model's folder alone, never from a request, and are rendered in Jinja's immutable sandbox in a
+process of their own (`hexswarm.templates`), within 2 s and 1 MiB; a template that tries to reach
+Python's internals, that fails or that takes more, is a `UsageError`.
 
 `TextStream` is the hard part. A token is not a piece of text: it may be a third of an emoji, and
 with SentencePiece its leading space depends on what precedes it. So text is never decoded token by
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from hexswarm.errors import CorruptWeights, UnknownModel, UsageError
 from hexswarm.manifest import read_json
+from hexswarm.templates import Templates
 
 if TYPE_CHECKING:
     from hexswarm.store import ModelFolder
@@ -36,6 +38,7 @@ class Tokenizer:
 
     def __init__(self, backend: Any, stop_ids: frozenset[int]) -> None:
         self._backend = backend
+        self._templates = Templates()
         self.stop_ids = stop_ids
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -56,10 +59,18 @@ class Tokenizer:
                 "this model has no chat template", remedy="use a plain prompt instead of a chat"
             )
         try:
-            ids = self._backend.apply_chat_template(
-                turns, add_generation_prompt=True, tokenize=True, return_dict=False
+            text = self._templates.render(
+                self._backend.get_chat_template(),
+                {
+                    **{name: str(value) for name, value in self._special().items()},
+                    "messages": turns,
+                    "tools": None,
+                    "documents": None,
+                    "add_generation_prompt": True,
+                },
             )
-        except Exception as error:  # the template is a stranger's program: it may raise anything
+            ids = self._backend(text, add_special_tokens=False)["input_ids"]
+        except (UsageError, TypeError, ValueError) as error:
             raise UsageError(
                 f"the model's chat template rejects these messages ({error})",
                 remedy="begin with at most one system message, then alternate user and assistant",
@@ -67,6 +78,11 @@ class Tokenizer:
         if not ids:
             raise UsageError("the chat is empty")
         return [int(token) for token in ids]
+
+    def _special(self) -> Mapping[str, Any]:
+        """Texts of the special tokens by name; templates print some of them."""
+        found: Mapping[str, Any] = self._backend.special_tokens_map
+        return {name: value for name, value in found.items() if not isinstance(value, list)}
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids` without special tokens."""

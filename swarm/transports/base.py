@@ -21,6 +21,13 @@ class Stream(Protocol):
     def remote(self) -> PeerId:
         """Who is at the other end."""
 
+    @property
+    def block(self) -> str:
+        """The block of addresses that it calls from; "" if it has none of its own, or is unknown.
+
+        See `hexswarm.quota.address_block`.
+        """
+
     async def read(self, limit: int) -> bytes:
         """At least one and at most `limit` bytes; b"" when the other end has closed."""
 
@@ -53,6 +60,12 @@ class Transport(Protocol):
 
     async def listen(self, handler: Handler) -> None:
         """From now on run `handler` for each incoming stream."""
+
+    def hang_up(self, peer: PeerId) -> None:
+        """End the connection to `peer` with every stream on it, soon; it may call again.
+
+        `Stream.close` closes our end: what the other end costs us ends when that one likes.
+        """
 
     async def close(self) -> None:
         """Close everything."""

@@ -30,6 +30,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from hexswarm.errors import AddressInUse, BootstrapUnreachable, NetworkError, PeerLost, UsageError
+from hexswarm.quota import address_block
 from hexswarm.records import PeerId
 from hexswarm.transports.base import Handler
 
@@ -89,9 +90,14 @@ class Libp2pStream:
     """An asyncio reader and writer on the daemon's socket."""
 
     def __init__(
-        self, remote: PeerId, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self,
+        remote: PeerId,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        block: str = "",
     ) -> None:
         self._remote = remote
+        self._block = block
         self._reader = reader
         self._writer = writer
         writer.transport.set_write_buffer_limits(high=1 << 20)
@@ -99,6 +105,10 @@ class Libp2pStream:
     @property
     def remote(self) -> PeerId:
         return self._remote
+
+    @property
+    def block(self) -> str:
+        return self._block
 
     async def read(self, limit: int) -> bytes:
         try:
@@ -135,6 +145,7 @@ class Libp2pTransport:
         self._multiaddr = load_hivemind().Multiaddr
         self._known: dict[PeerId, tuple[str, ...]] = {}
         self._connecting: dict[PeerId, asyncio.Lock] = {}
+        self._hanging_up: dict[PeerId, asyncio.Task[None]] = {}
 
     @classmethod
     async def create(
@@ -209,7 +220,7 @@ class Libp2pTransport:
                 self._known[peer] = wanted
         try:
             async with asyncio.timeout(DIAL_S):
-                _, reader, writer = await self.p2p.call_binary_stream_handler(
+                info, reader, writer = await self.p2p.call_binary_stream_handler(
                     hivemind.PeerID.from_base58(peer), PROTOCOL
                 )
         except TimeoutError as error:
@@ -218,17 +229,31 @@ class Libp2pTransport:
         except Exception as error:  # ControlFailure, bad id
             self._known.pop(peer, None)
             raise PeerLost(peer, None, "cannot be reached") from error
-        return Libp2pStream(peer, reader, writer)
+        return Libp2pStream(peer, reader, writer, address_block(str(info.addr)))
 
     async def listen(self, handler: Handler) -> None:
         async def accept(info: Any, reader: Any, writer: Any) -> None:
-            stream = Libp2pStream(PeerId(info.peer_id.to_base58()), reader, writer)
+            block = address_block(str(info.addr))
+            stream = Libp2pStream(PeerId(info.peer_id.to_base58()), reader, writer, block)
             try:
                 await handler(stream)
             finally:
                 stream.close()
 
         await self.p2p.add_binary_stream_handler(PROTOCOL, accept)
+
+    def hang_up(self, peer: PeerId) -> None:
+        """The daemon copies between its end and our socket until the *other* end closes."""
+        if peer not in self._hanging_up:
+            task = asyncio.create_task(self._disconnect(peer))
+            self._hanging_up[peer] = task
+            task.add_done_callback(lambda _: self._hanging_up.pop(peer, None))
+
+    async def _disconnect(self, peer: PeerId) -> None:
+        self._known.pop(peer, None)
+        with contextlib.suppress(Exception):  # it is not connected; the daemon is gone
+            async with asyncio.timeout(DIAL_S):
+                await self.p2p._client.disconnect(load_hivemind().PeerID.from_base58(peer))
 
     async def died(self) -> None:
         """Wait for an end of the daemon that is not our doing. Raises NetworkError then."""

@@ -179,6 +179,10 @@ class MemoryTransport:
     async def listen(self, handler: Handler) -> None:
         self._handler = handler
 
+    def hang_up(self, peer: PeerId) -> None:
+        for stream in [stream for stream in self._streams if stream.remote == peer]:
+            stream.close()
+
     async def close(self) -> None:
         """Leave the network; the other ends see the end of their streams."""
         self._handler = None
@@ -237,6 +241,10 @@ class MemoryStream:
     @property
     def remote(self) -> PeerId:
         return self._remote
+
+    @property
+    def block(self) -> str:
+        return ""
 
     async def read(self, limit: int) -> bytes:
         return await self._incoming.read(limit)

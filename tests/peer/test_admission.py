@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from hexswarm.links import HELLO_S
 from hexswarm.messages import (
+    MAX_TOKENS,
     Cancel,
     Close,
     Failed,
@@ -25,7 +27,7 @@ from hexswarm.messages import (
     Trace,
 )
 from hexswarm.peer.actions import Action, Send, Watch
-from hexswarm.peer.admission import RESERVE_S
+from hexswarm.peer.admission import AGAIN_S, IDLE_S, MAX_WAITING, RESERVE_S, SHARE
 from hexswarm.records import Load, PeerId, Speed
 from tests.loopback import CLIENT, MODEL, Host, Loopback
 
@@ -276,11 +278,116 @@ def test_between_turns_a_promise_rests(who: PeerId, message: Message, payload: b
     assert refused.code == "busy"
 
 
+# --- shares ---------------------------------------------------------------------------------------
+
+
+def ask(swarm: Loopback, who: PeerId, number: int, tokens: int) -> Message | None:
+    """Open a session at the tail, in reach of its head; the answer."""
+    message = replace(TAIL, session=bytes([number]) * 16, kv_tokens=tokens)
+    said = told(swarm.say(who, "p0", message))
+    while swarm.dials:
+        dial = swarm.dials.popleft()[1]
+        host = swarm.hosts[PeerId("p0")]
+        said += told(host.table.dialled(dial.session, dial.epoch, True, host.ledger.now))
+    return said[0] if said else None
+
+
+def full_of(swarm: Loopback, who: PeerId, numbers: range) -> None:
+    """`who` fills the 64 blocks with sessions that have begun."""
+    tokens = 64 * 16 // len(numbers)
+    for number in numbers:
+        assert isinstance(ask(swarm, who, number, tokens), Opened)
+        swarm.say(who, "p0", replace(GENERATE, session=bytes([number]) * 16))
+
+
+def test_one_client_may_have_all_that_nobody_else_wants() -> None:
+    swarm = Loopback((0, 6))
+    full_of(swarm, CLIENT, range(8))
+    assert expire(swarm, swarm.hosts[PeerId("p0")], 3 * IDLE_S) == []
+
+
+def test_while_another_waits_nobody_gets_more_than_a_share() -> None:
+    swarm = Loopback((0, 6))
+    full_of(swarm, CLIENT, range(8))
+    refused = ask(swarm, STRANGER, 100, 128)
+    assert isinstance(refused, Refuse)
+    assert (refused.code, refused.retry_s > 0) == ("full", True)
+    swarm.say(CLIENT, "p0", Close(bytes([0]) * 16))
+    for number, longer in ((1, 129), (50, 16)):
+        greedy = ask(swarm, CLIENT, number, longer)
+        assert isinstance(greedy, Refuse), "neither longer ones nor new ones"
+        assert (greedy.code, greedy.retry_s) == ("full", AGAIN_S)
+        assert "others wait" in greedy.reason
+    assert isinstance(ask(swarm, CLIENT, 1, 100), Opened), "what it has, it may ask for again"
+    assert isinstance(ask(swarm, STRANGER, 100, 128), Opened)
+    swarm.say(CLIENT, "p0", Close(bytes([1]) * 16))
+    assert isinstance(ask(swarm, CLIENT, 51, 128), Opened), "now nobody waits any more"
+
+
+def test_nobody_waits_for_ever_nor_for_what_cannot_come() -> None:
+    swarm = Loopback((0, 6))
+    full_of(swarm, CLIENT, range(8))
+    never = ask(swarm, STRANGER, 100, 64 * 16 + 1)
+    assert isinstance(never, Refuse)
+    assert never.retry_s == 0
+    swarm.say(CLIENT, "p0", Close(bytes([0]) * 16))
+    assert isinstance(ask(swarm, CLIENT, 50, 128), Opened)
+    refused = ask(swarm, STRANGER, 100, 128)
+    assert isinstance(refused, Refuse)
+    swarm.say(CLIENT, "p0", Close(bytes([50]) * 16))
+    host = swarm.hosts[PeerId("p0")]
+    host.ledger.now = refused.retry_s + AGAIN_S + 0.1
+    assert isinstance(ask(swarm, CLIENT, 51, 128), Opened), "it did not come back"
+
+
+def test_a_squatter_loses_what_rests_and_nothing_that_runs() -> None:
+    """Down to its share, but no further."""
+    swarm = Loopback((0, 6))
+    host = swarm.hosts[PeerId("p0")]
+    full_of(swarm, CLIENT, range(8))
+    assert expire(swarm, host, IDLE_S) == []
+    busy = [bytes([number]) * 16 for number in range(3)]
+    for key in busy:
+        swarm.say(CLIENT, "p0", replace(GENERATE, session=key))
+    assert isinstance(ask(swarm, STRANGER, 100, 128), Refuse)
+    ended = {m.session for m in told(expire(swarm, host, IDLE_S)) if isinstance(m, Failed)}
+    assert len(ended) == 4, "the pool's half is four of eight"
+    assert ended.isdisjoint(busy)
+    assert isinstance(ask(swarm, STRANGER, 100, 128), Opened)
+    swarm.check()
+
+
+def test_a_huge_wish_costs_nothing() -> None:
+    """Neither blocks, nor a place among those who wait, nor memory that grows with it."""
+    swarm = Loopback((0, 6))
+    tracemalloc.start()
+    try:
+        refused = ask(swarm, STRANGER, 1, MAX_TOKENS)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert isinstance(refused, Refuse)
+    assert (refused.code, refused.retry_s) == ("full", 0.0)
+    assert peak < 1 << 20
+    swarm.check_clean()
+    full_of(swarm, CLIENT, range(8))
+
+
+def test_a_crowd_of_beggars_is_remembered_within_bounds() -> None:
+    swarm = Loopback((0, 6))
+    full_of(swarm, CLIENT, range(8))
+    admission = swarm.hosts[PeerId("p0")].table._admission
+    for number in range(MAX_WAITING + 20):
+        assert isinstance(ask(swarm, PeerId(f"beggar {number}"), 100, 128), Refuse)
+    assert len(admission._waiting) == MAX_WAITING
+
+
 class Reservations(RuleBasedStateMachine):
     """Reserve, begin, extend, close, lose, expire in any order.
 
     The stage holds exactly the sessions that it should, and exactly their blocks: a reservation
-    never outlives `RESERVE_S`, a session that began ends by its lease (100 s) alone.
+    never outlives `RESERVE_S`, a session that began ends by its lease (100 s) alone, or by resting
+    beyond its client's share while another waits.
     """
 
     LEASE_S = 100.0
@@ -294,11 +401,21 @@ class Reservations(RuleBasedStateMachine):
         """When each session last stepped, at first: was opened."""
         self.owner: dict[bytes, PeerId] = {}
         self.lengths: dict[bytes, int] = {}
+        self.touched: dict[bytes, float] = {}
+        """When each session was last opened, told to generate, or stepped."""
+        self.blocks: dict[bytes, int] = {}
+        self.waiting: dict[PeerId, float] = {}
 
     def gone(self, key: bytes) -> None:
         self.reserved.pop(key, None)
-        for book in (self.used, self.owner, self.lengths):
+        for book in (self.used, self.owner, self.lengths, self.touched, self.blocks):
             del book[key]
+
+    def others_wait(self, who: PeerId) -> bool:
+        return any(other != who and end >= self.now for other, end in self.waiting.items())
+
+    def holds(self, who: PeerId) -> int:
+        return sum(self.blocks[key] for key, owner in self.owner.items() if owner == who)
 
     def some(self, index: int) -> bytes:
         return sorted(self.used)[index % len(self.used)]
@@ -323,11 +440,19 @@ class Reservations(RuleBasedStateMachine):
         elif answers:
             assert isinstance(answers[0], Refuse)
             assert answers[0].code == "full"
-            assert -(-tokens // 16) > free
+            more = -(-tokens // 16) - self.blocks.get(key, 0)
+            if self.others_wait(who) and self.holds(who) + more > SHARE * 24:
+                return
+            assert more > free
+            self.waiting[who] = self.now + answers[0].retry_s + AGAIN_S
         else:
+            self.waiting.pop(who, None)
             if not known:
                 self.reserved[key] = self.now + RESERVE_S
                 self.used[key], self.owner[key], self.lengths[key] = self.now, who, 0
+                self.touched[key] = self.now
+            self.blocks[key] = max(self.blocks.get(key, 0), -(-tokens // 16))
+            assert not (self.others_wait(who) and self.holds(who) > SHARE * 24) or known
             self.swarm.dials.clear()
             self.swarm.act(self.host, self.host.table.dialled(key, 0, reachable, self.now))
             if not reachable:
@@ -338,6 +463,7 @@ class Reservations(RuleBasedStateMachine):
     def begin(self, index: int, how: str) -> None:
         key = self.some(index)
         self.reserved.pop(key, None)
+        self.touched[key] = self.now
         if how == "generate":
             self.swarm.say(self.owner[key], "p0", replace(GENERATE, session=key))
             return
@@ -369,9 +495,24 @@ class Reservations(RuleBasedStateMachine):
         failed = told(expire(self.swarm, self.host, now))
         late = [key for key, due_s in self.reserved.items() if due_s <= now]
         late += [key for key, used_s in self.used.items() if now - used_s > self.LEASE_S]
-        assert {m.session for m in failed if isinstance(m, Failed)} == set(late)
         for key in set(late):
             self.gone(key)
+        squatters = self.squatters()
+        for key in squatters:
+            self.gone(key)
+        assert {m.session for m in failed if isinstance(m, Failed)} == {*late, *squatters}
+
+    def squatters(self) -> list[bytes]:
+        """The longest at rest of those beyond their share, until it is only a share."""
+        found: list[bytes] = []
+        for key in sorted(self.touched, key=lambda key: self.touched[key]):
+            who = self.owner[key]
+            gone = sum(self.blocks[other] for other in found if self.owner[other] == who)
+            if self.now - self.touched[key] < IDLE_S or not self.others_wait(who):
+                continue
+            if self.holds(who) - gone > SHARE * 24:
+                found.append(key)
+        return found
 
     @invariant()
     def the_books_agree(self) -> None:

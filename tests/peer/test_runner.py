@@ -1,15 +1,19 @@
 """A row that fails, fails alone: its neighbours' results stay bit for bit what they were."""
 
+import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hexswarm.errors import OutOfMemory, UsageError
 from hexswarm.peer.kv import KvPool, kv_bytes_per_token
 from hexswarm.peer.models.registry import architecture
-from hexswarm.peer.runner import Runner
+from hexswarm.peer.runner import MAX_ACTIVATION, Runner
 from hexswarm.peer.shard import Shard
 from hexswarm.peer.steps import Activations, Batch, Row, TailPolicy
 from hexswarm.records import Sampling, Span
@@ -35,7 +39,7 @@ def model():
     return LlamaForCausalLM(CONFIG).eval()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def make(model):
     def make(first, end, dtype="float32", policies=None):
         tensors = {name: value.detach() for name, value in model.state_dict().items()}
@@ -169,12 +173,99 @@ def test_a_row_that_overflows_inside_fails_alone(make, end):
     assert "not finite" in failed.error
 
 
-def test_huge_but_finite_values_pass(make):
-    """Their sum overflows, the quick check of finiteness must not be fooled by it."""
-    x = torch.full((2, HIDDEN), 1e38)
-    payload = Activations(x.view(torch.uint8).numpy().tobytes(), "float32")
-    (result,) = make(1, 2).run(Batch((row(0, payload, count=2),)))
-    assert result.error is None
+@pytest.mark.parametrize("value", [MAX_ACTIVATION, -MAX_ACTIVATION])
+def test_large_values_pass_and_absurd_ones_fail(make, value):
+    """Also those whose sum overflows: the check must not be fooled by it."""
+    good = row(0, hidden(3), count=3)
+    for size, fine in ((value, True), (1.01 * value, False), (1e38 * (value / 1e9), False)):
+        payload = with_value(hidden(1), size)
+        taken, other = make(1, 2).run(Batch((row(1, payload, count=3), good)))
+        assert (taken.error is None) == fine
+        assert other == make(1, 2).run(Batch((good,)))[0]
+
+
+def test_a_row_that_grows_beyond_reason_fails_alone(make):
+    runner = make(1, 2)
+    with torch.inference_mode():
+        runner.shard.layers[0].o.mul_(1e12)
+        runner.shard.layers[0].o[:, ::2] = 0
+    zeros = Activations(bytes(3 * HIDDEN * 4), "float32")
+    failed, fine = runner.run(Batch((row(1, hidden(2), count=3), row(0, zeros, count=3))))
+    assert "above 1e+09" in failed.error
+    assert fine.error is None
+
+
+POISON = {
+    "nan": math.nan,
+    "infinite": math.inf,
+    "minus infinite": -math.inf,
+    "absurd": 1e30,
+    "beyond float16": 7e4,
+    "just permitted": 6e4,
+}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 99), st.integers(1, 5)), min_size=1, max_size=4),
+    st.integers(0, 4),
+    st.sampled_from(sorted(POISON)),
+    st.sampled_from(["float32", "bfloat16", "float16"]),
+    st.booleans(),
+)
+def test_nobody_is_harmed_by_a_neighbours_numbers(make, good, at, kind, dtype, tail):
+    """Whatever one row brings: the others' results are bit for bit what they are beside a good one,
+    or, if it was not let in, without it.
+    """
+    end = LAYERS if tail else 2
+    rows = [row(n + 1, hidden(seed, count), count=count) for n, (seed, count) in enumerate(good)]
+    rows = [replace(one, blocks=tuple(range(6 * n, 6 * n + 6))) for n, one in enumerate(rows)]
+    at = min(at, len(rows))
+    mine = tuple(range(24, 30))
+    bad = row(9, with_value(hidden(7), POISON[kind]), count=3, blocks=mine)
+    fine = row(9, with_value(hidden(7), 1.0), count=3, blocks=mine)
+    results = make(1, end, dtype).run(Batch((*rows[:at], bad, *rows[at:])))
+    outcome = results.pop(at)
+    if outcome.error is not None and "incoming" in outcome.error:
+        assert results == make(1, end, dtype).run(Batch(tuple(rows)))
+    else:
+        beside = make(1, end, dtype).run(Batch((*rows[:at], fine, *rows[at:])))
+        beside.pop(at)
+        assert results == beside
+    assert all(result.error is None for result in results)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_a_session_left_in_the_store_shows_nowhere(make, dtype):
+    """A store full of NaN gives the same bits as one full of zeros: no slot is read unwritten.
+
+    Prompts in pieces, decode steps, a crop and scattered blocks, alone and in one batch.
+    """
+    scattered = (29, 3, 17, 4, 11, 2, 25, 8, 20, 1)
+    steps = [
+        [row(0, hidden(1, 5), count=5), row(1, hidden(2, 9), count=9, blocks=scattered)],
+        [row(0, hidden(3, 3), 5, count=3), row(1, hidden(4, 1), 9, count=1, blocks=scattered)],
+        [row(0, hidden(5, 1), 8, count=1)],
+        [row(0, hidden(6, 2), 2, count=2), row(1, hidden(7, 1), 10, count=1, blocks=scattered)],
+        [row(0, hidden(8, 1), 4, count=1), row(1, hidden(9, 1), 11, count=1, blocks=scattered)],
+    ]
+    clean, dirty = make(1, 2, dtype), make(1, 2, dtype)
+    dirty.pool.data.fill_(math.nan)
+    for batch in steps:
+        expected, results = clean.run(Batch(tuple(batch))), dirty.run(Batch(tuple(batch)))
+        assert results == expected
+        assert all(result.error is None for result in results)
+
+
+def test_blocks_are_cleared_and_no_others(make):
+    runner = make(0, 2)
+    pool = runner.pool
+    for gone in ((), (0,), (29,), (3, 4, 5, 9, 10, 29), (7, 6, 7)):
+        pool.data.fill_(1.0)
+        runner.forget(gone)
+        for block in range(30):
+            slots = pool.data[:, block * BLOCK : (block + 1) * BLOCK]
+            assert slots.eq(0.0 if block in gone else 1.0).all(), (gone, block)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

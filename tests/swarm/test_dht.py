@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +19,7 @@ import pytest
 
 from hexswarm.clock import RealClock
 from hexswarm.dht import (
-    MAX_DEPTH,
     SwarmDht,
-    _guard_decoding,
     load_remembered,
     save_remembered,
 )
@@ -33,11 +31,19 @@ from hexswarm.directory import (
     directory_key,
     sign,
 )
-from hexswarm.errors import AddressInUse, BootstrapUnreachable, PeerLost, UsageError
+from hexswarm.errors import (
+    AddressInUse,
+    BootstrapUnreachable,
+    ClockSkew,
+    PeerLost,
+    UsageError,
+)
+from hexswarm.guard import MAX_DEPTH, MAX_KEYS, guard_decoding
 from hexswarm.identity import Identity
 from hexswarm.links import BULK, STEP, Links
 from hexswarm.messages import GoAway
 from hexswarm.records import Announcement, PeerId, Remembered, Span, Speed
+from hexswarm.shelf import MAX_ENTRIES
 from hexswarm.transports.base import Stream
 from hexswarm.transports.libp2p import Libp2pTransport, load_hivemind, multiaddress
 from hexswarm.wire import Frame
@@ -240,6 +246,24 @@ class Villain:
         )
         return bool(answer and answer[0])
 
+    async def put_many(self, records: Sequence[SignedAnnouncement]) -> int:
+        """The same for many of this model; how many were taken."""
+        answer = await self.node.protocol.call_store(
+            self.target,
+            keys=[self.key] * len(records),
+            values=[msgpack.packb(record.data) for record in records],
+            expiration_time=[record.expires_s for record in records],
+            subkeys=[record.peer for record in records],
+        )
+        return sum(answer or [])
+
+    async def ask(self, keys: int) -> bool:
+        """Ask the target for so many keys at once; whether it answered."""
+        from hivemind.dht.routing import DHTID
+
+        wanted = [DHTID(number) for number in range(keys)]
+        return await self.node.protocol.call_find(self.target, wanted) is not None
+
     async def put_dictionary(self, data: bytes) -> bool:
         """The same for the bytes of a whole dictionary, which hivemind decodes before we see it."""
         from hivemind.proto import dht_pb2
@@ -347,6 +371,126 @@ def test_joining(tmp_path: Path) -> None:
 
 
 @pytest.mark.end_to_end
+def test_a_flood_of_good_records_hides_nobody(tmp_path: Path) -> None:
+    """A stranger with 2,500 keys fills a model's key; honest peers are read, and may still come.
+
+    Without a bound the answer to a reader passes 4 MiB, and a fresh client reads nothing at all.
+    """
+
+    async def act() -> None:
+        async with nodes(tmp_path, 2) as (a, b):
+            assert await b.dht.announce(b.word())
+            async with transports(tmp_path / "more", 1) as (transport,):
+                await transport.connect(a.peer, a.where)
+                villain = await Villain.create(transport, a)
+                padding = tuple(f"/ip4/6.6.6.{n}/tcp/1/" + "x" * 200 for n in range(8))
+                crowd = [Identity(n.to_bytes(32, "big")) for n in range(1, 2500)]
+                words = [
+                    sign(announcement(i.peer, padding), time.time() + EXPIRE_S, i) for i in crowd
+                ]
+                assert sum(len(word.data) for word in words) > 4 << 20
+                taken = sum(
+                    [await villain.put_many(words[n : n + 200]) for n in range(0, 2500, 200)]
+                )
+                assert 1000 < taken <= MAX_ENTRIES
+                await villain.node.shutdown()
+            late = await join(tmp_path, 7, a)
+            assert await late.dht.announce(late.word())
+            fresh = await join(tmp_path, 8, a, client=True)
+            found = {record.peer for record in await fresh.dht.read(MODEL)}
+            assert len(found) > 1000
+            assert {b.peer, late.peer} <= found
+            for node in (late, fresh):
+                await node.close()
+
+    asyncio.run(act())
+
+
+@pytest.mark.end_to_end
+def test_an_answer_for_ever_does_not_end_a_search(tmp_path: Path) -> None:
+    """A node that says "nothing, until the end of time" is not the last one that is asked."""
+
+    async def act() -> None:
+        async with nodes(tmp_path, 2) as (a, b):
+            assert await b.dht.announce(b.word())
+            async with transports(tmp_path / "more", 1) as (transport,):
+                await transport.connect(a.peer, a.where)
+                villain = await Villain.create(transport, a)
+                for forever in (float("inf"), 1e18):
+                    villain.node.protocol.storage.store(villain.key, _dictionary(), forever)
+                where = await transport.addresses()
+                liar = Node(transport, None, Identity.generate())  # type: ignore[arg-type]
+                liar.where = where
+                fresh = await join(tmp_path, 8, liar, client=True)
+                await fresh.transport.connect(a.peer, a.where)
+                await fresh.transport.connect(b.peer, b.where)
+                assert await seen(fresh, 1) == await seen(a, 1)
+                for _ in range(20):  # in one of a few the liar answers first
+                    assert len(await fresh.dht.read(MODEL)) == 1
+                await fresh.close()
+                await villain.node.shutdown()
+
+    asyncio.run(act())
+
+
+@pytest.mark.end_to_end
+def test_sequences_and_large_requests_on_the_wire(tmp_path: Path) -> None:
+    """Of one peer the later word stays, also if it ends earlier; too many keys are not served."""
+
+    async def act() -> None:
+        async with nodes(tmp_path, 1) as (a,), transports(tmp_path / "more", 1) as (transport,):
+            await transport.connect(a.peer, a.where)
+            villain = await Villain.create(transport, a)
+            identity = Identity.load(tmp_path / "more" / "0.key")
+            soon, later = time.time() + 40, time.time() + EXPIRE_S
+
+            def word(sequence: int, expires_s: float) -> SignedAnnouncement:
+                return sign(announcement(identity.peer, (), sequence), expires_s, identity)
+
+            assert await villain.put(word(5, later))
+            assert not await villain.put(word(4, later + 2)), "an older word that lives longer"
+            assert await villain.put(word(6, soon)), "a newer word that ends earlier"
+            assert not await villain.put(word(5, later)), "the older one again"
+            assert [held.announcement.sequence for held in await a.dht.read(MODEL)] == [6]
+            assert not await villain.put(word(7, time.time() - 1)), "a word that has run out"
+            assert await villain.ask(MAX_KEYS)
+            assert not await villain.ask(MAX_KEYS + 1)
+            await villain.node.shutdown()
+
+    asyncio.run(act())
+
+
+class Shifted(RealClock):
+    """A machine whose clock is wrong."""
+
+    def __init__(self, ahead_s: float) -> None:
+        self.ahead_s = ahead_s
+
+    def wall(self) -> float:
+        return super().wall() + self.ahead_s
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("ahead_s", [-5.0, 3600.0])
+def test_a_wrong_clock_is_named_when_joining(tmp_path: Path, ahead_s: float) -> None:
+    """Not "unreachable": the offset. Who may stay alone joins all the same, a small one is fine."""
+
+    async def act() -> None:
+        async with nodes(tmp_path, 1) as (a,), transports(tmp_path / "more", 1) as (transport,):
+            way = "ahead of" if ahead_s > 0 else "behind"
+            with pytest.raises(
+                ClockSkew, match=rf"{abs(ahead_s) - 0.1:,.1f}|{abs(ahead_s):,.1f}"
+            ) as e:
+                await SwarmDht.join(transport, bootstrap=a.full, clock=Shifted(ahead_s))
+            assert way in str(e.value)
+            for clock, alone in ((Shifted(ahead_s), True), (Shifted(2.0), False)):
+                dht = await SwarmDht.join(transport, bootstrap=a.full, clock=clock, alone=alone)
+                await dht.close()
+
+    asyncio.run(act())
+
+
+@pytest.mark.end_to_end
 def test_links_over_libp2p(tmp_path: Path) -> None:
     """Both lanes, authenticated ids, both sides dialling at once, ends, and hostile addresses."""
 
@@ -366,6 +510,8 @@ def test_links_over_libp2p(tmp_path: Path) -> None:
             for links in made:
                 await links.start(listen=True)
             here, there = made
+            here.watch(b.local)  # guests may not send as much as this test does
+            there.watch(a.local)
             await asyncio.gather(
                 here.connect(b.local, await b.addresses()),
                 there.connect(a.local, await a.addresses()),
@@ -429,7 +575,7 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
 def test_the_depth_of_decoding_is_bounded() -> None:
     """hivemind alone decodes tuples in tuples until Python's stack ends."""
     serializer = load_hivemind().MSGPackSerializer
-    _guard_decoding()
+    guard_decoding()
     assert serializer.loads(_nested(MAX_DEPTH)) is not None
     for depth in (MAX_DEPTH + 1, 3000):
         with pytest.raises(ValueError, match="nested too deeply"):

@@ -247,8 +247,8 @@ def test_a_record_that_has_run_out_is_let_through() -> None:
             "wrong key",
         ),
         ({"value": msgpack.packb("text")}, "foreign"),
-        ({"value": msgpack.packb([RECORD.data])}, "foreign"),
-        ({"value": msgpack.packb({"a": 1})}, "foreign"),
+        ({"value": msgpack.packb([RECORD.data])}, "malformed"),
+        ({"value": msgpack.packb({"a": 1})}, "malformed"),
         ({"value": msgpack.packb({(1, 2): 1})}, "malformed"),
         ({"value": b""}, "malformed"),
         ({"value": b"\xc1"}, "malformed"),
@@ -381,6 +381,19 @@ def test_one_record_and_the_next_end() -> None:
     assert directory.next_expiry(NOW + EXPIRE_S) == float("inf")
     directory.expire(NOW + 3 * EXPIRE_S)
     assert directory.changed(0) == []
+
+
+def test_nothing_outlives_its_receipt_by_more_than_a_period_of_expiry() -> None:
+    """A word from a clock far ahead, however it came here, ends like all others."""
+    ahead = sign(announcement(), NOW + 3600, ME)
+    view = Directory()
+    view.merge([ahead], NOW)
+    assert len(view.alive(NOW + EXPIRE_S)) == 1
+    assert view.alive(NOW + EXPIRE_S + SKEW_S) == ()
+    view.merge([ahead], NOW + 2 * EXPIRE_S)
+    assert view.alive(NOW + 2 * EXPIRE_S) == (), "the same word again is no sign of life"
+    view.merge([sign(announcement(sequence=2), NOW + 50, ME)], NOW)
+    assert view.alive(NOW + 51) == (), "what ends earlier ends earlier"
 
 
 def test_memory_of_the_dead_is_given_back() -> None:

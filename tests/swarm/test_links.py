@@ -10,21 +10,15 @@ from typing import Any
 
 import pytest
 
-from hexswarm import links as module
 from hexswarm.errors import PeerLost
-from hexswarm.links import (
-    BULK,
-    HELLO_S,
-    MAX_HALF_OPEN,
-    MAX_HALF_OPEN_EACH,
-    STEP,
-    Links,
-)
+from hexswarm.guests import GUEST, PARTNER, PARTNER_BACKLOG_BYTES
+from hexswarm.links import BULK, MAX_DIALLING, STEP, Links
+from hexswarm.lobby import HELLO_S, MAX_HALF_OPEN, MAX_HALF_OPEN_EACH
 from hexswarm.messages import PROTOCOL_VERSION, GoAway, Hello, Message, Ping, Pong
 from hexswarm.records import PeerId
 from hexswarm.transports.base import Stream
 from hexswarm.transports.memory import MemoryNetwork
-from hexswarm.wire import FRAME_DEADLINE_S, Frame, FrameDecoder, pack
+from hexswarm.wire import Frame, FrameDecoder, Limits, pack
 from tests import virtual
 
 A, B, C = PeerId("A"), PeerId("B"), PeerId("C")
@@ -93,7 +87,9 @@ def scenario(test: Any) -> Any:
     return run
 
 
-async def hello(stream: Stream, lane: int, name: bytes = b"n" * 16, version: int = 1) -> None:
+async def hello(
+    stream: Stream, lane: int, name: bytes = b"n" * 16, version: int = PROTOCOL_VERSION
+) -> None:
     """What a dialler says first."""
     stream.write(pack(Hello(version, "", lane, name)))
 
@@ -168,7 +164,7 @@ async def test_another_protocol_version_is_refused_and_both_know_why() -> None:
     async with nodes(A) as (a,):
         other = a.network.transport(B)
         await other.listen(future)
-        with pytest.raises(PeerLost, match="another protocol: protocol version 3 instead of 2"):
+        with pytest.raises(PeerLost, match=f"protocol version {PROTOCOL_VERSION + 1} instead"):
             await a.links.connect(B, ())
         stream = await other.dial(A)
         await hello(stream, STEP, version=PROTOCOL_VERSION + 1)
@@ -265,17 +261,17 @@ async def test_half_open_links_are_few_and_short() -> None:
     async with nodes(A, B) as (a, b):
         hostile = a.network.transport(C)
         streams = []
-        for index in range(MAX_HALF_OPEN + 5):
+        for index in range(3 * MAX_HALF_OPEN_EACH):
             stream = await hostile.dial(A)
             await hello(stream, STEP, index.to_bytes(16, "big"))
             streams.append(stream)
         await settle()
-        assert len(a.links._half_open) == MAX_HALF_OPEN_EACH
+        assert len(a.links._lobby.half_open) == MAX_HALF_OPEN_EACH
         await b.reach(a)
         assert b.say(a, 1)
         assert await a.hear() == [1]
         await asyncio.sleep(HELLO_S + 1)
-        assert a.links._half_open == {}
+        assert a.links._lobby.half_open == {}
         last = streams[-1]
         assert isinstance(await answer(last), Hello)
         assert await answer(last) is None, "closed"
@@ -289,7 +285,7 @@ async def test_many_peers_half_open_let_the_newest_in() -> None:
         for other in crowd:
             await hello(await other.dial(A), STEP)
         await settle()
-        assert len(a.links._half_open) == MAX_HALF_OPEN
+        assert len(a.links._lobby.half_open) == MAX_HALF_OPEN
         await b.reach(a)
         assert a.links.connected(B)
         for other in crowd:
@@ -397,7 +393,7 @@ async def test_a_broken_protocol_ends_the_link() -> None:
 async def test_a_second_greeting_ends_the_link() -> None:
     async with nodes(A, B) as (a, b):
         await a.reach(b)
-        a.links._links[B][0].lanes[STEP].write(pack(Hello(1, "", 0, bytes(16))))
+        a.links._links[B][0].lanes[STEP].write(pack(Hello(PROTOCOL_VERSION, "", 0, bytes(16))))
         await settle()
         assert "two greetings" in b.lost[0][1]
 
@@ -446,12 +442,13 @@ async def test_a_mistake_in_the_handler_is_loud_and_ends_that_link_only() -> Non
 async def test_a_choked_neighbour_is_lost() -> None:
     async with nodes(A, B) as (a, b):
         await a.reach(b)
+        a.links.watch(B)
         a.network.freeze(A, B)
         payload = bytes(4 << 20)
         sent = 0
         while a.links.send(B, [(GoAway(1), payload)], BULK):
             sent += 1
-        assert sent == module.MAX_BACKLOG_BYTES // len(payload) - 1
+        assert sent == PARTNER_BACKLOG_BYTES // len(payload) - 1
         assert a.lost == [(B, "does not read what it is sent")]
         a.network.cut(A, B)
 
@@ -478,6 +475,29 @@ async def test_close_ends_everything_and_tells_no_loss() -> None:
         with pytest.raises(PeerLost):
             await c.reach(a)
         await other.close()
+
+
+@scenario
+async def test_dials_under_way_are_bounded() -> None:
+    """Strangers name peers for us to dial; those who do not answer must not pile up."""
+    async with nodes(A, B) as (a, b):
+        nobody = [a.network.transport(PeerId(f"x{number}")) for number in range(MAX_DIALLING)]
+        a.network.freeze(A)
+        a.network.heal(A, B)
+        hanging = [asyncio.create_task(a.links.connect(other.local, ())) for other in nobody]
+        await settle()
+        with pytest.raises(PeerLost, match="too many"):
+            await a.reach(b)
+        hanging[0].cancel()
+        a.network.cut(A, nobody[0].local)
+        await settle()
+        await a.reach(b)
+        for task in hanging:
+            task.cancel()
+        await asyncio.gather(*hanging, return_exceptions=True)
+        for other in nobody:
+            a.network.cut(A, other.local)
+            await other.close()
 
 
 @scenario
@@ -547,6 +567,7 @@ def test_any_silence_limit_leaves_time_for_an_answer(silence_s: float) -> None:
         await a.reach(b)
         await asyncio.sleep(100)
         a.links.watch(B)
+        b.links.watch(A)
         await asyncio.sleep(100)
         assert a.lost == []
         network.freeze(A, B)
@@ -607,18 +628,24 @@ async def test_round_trips_are_measured() -> None:
         assert a.links.rtts == {}
 
 
-@scenario
-async def test_a_frame_that_never_ends_ends_the_link() -> None:
-    """Also of a neighbour that nobody watches, and while its other lane is lively."""
-    async with nodes(A, B) as (a, b):
-        await a.reach(b)
-        a.links._links[B][0].lanes[BULK].write([pack(GoAway(1))[0][:-1]])
-        for _ in range(int(FRAME_DEADLINE_S) - 1):
-            a.say(b, 1)
-            await settle()
-        assert b.lost == []
-        await asyncio.sleep(2)
-        assert b.lost == [(A, "takes too long for a frame")]
+@pytest.mark.parametrize("limits", [GUEST, PARTNER])
+def test_a_frame_that_never_ends_ends_the_link(limits: Limits) -> None:
+    """Also while the other lane is lively; a guest has less time."""
+
+    async def act() -> None:
+        async with nodes(A, B) as (a, b):
+            await a.reach(b)
+            if limits is PARTNER:
+                b.links.watch(A)
+            a.links._links[B][0].lanes[BULK].write([pack(GoAway(1))[0][:-1]])
+            for _ in range(int(limits.deadline_s) - 1):
+                a.say(b, 1)
+                await settle()
+            assert b.lost == []
+            await asyncio.sleep(2)
+            assert b.lost == [(A, "takes too long for a frame")]
+
+    virtual.run(act())
 
 
 @scenario

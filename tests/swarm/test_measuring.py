@@ -355,6 +355,8 @@ async def test_traffic_of_sessions_is_measured_by_who_gets_it() -> None:
     async with nodes(A, B) as (a, b):
         a.network.shape(A, B, bytes_per_s=3e6)
         await a.reach(b)
+        a.links.watch(B)
+        b.links.watch(A)
         a.links.send(B, [(GoAway(1), bytes(1 << 20))], BULK)
         await settle()
         assert b.links.down_bytes_per_s == pytest.approx(3e6, rel=0.01)
@@ -399,6 +401,7 @@ def test_a_neighbour_that_floods_us_is_lost(count: int, size: int) -> None:
     async def act() -> None:
         async with nodes(A, B) as (a, b):
             await b.reach(a)
+            a.links.watch(B)  # a guest's payload would be refused unread
             for nonce in range(count - 1):
                 b.links.tell(A, Probe(nonce), bytes(size), BULK)
             await settle()

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from hexswarm.clock import Clock, VirtualClock
 from hexswarm.config import ListenConfig, NetworkConfig
-from hexswarm.directory import INDEX
+from hexswarm.directory import EXPIRE_S, INDEX, SKEW_S, SignedAnnouncement
 from hexswarm.membership import (
     PLACE_EVERY_S,
     PLACE_PEERS,
@@ -23,6 +24,7 @@ from hexswarm.membership import (
     Membership,
 )
 from hexswarm.records import Announcement, Coordinates, PeerId
+from hexswarm.skew import Sample
 from tests import virtual
 from tests.peer.test_announcer import ME
 from tests.swarm.test_links import A, B, C, Node, nodes, scenario
@@ -140,3 +142,87 @@ def test_a_young_node_looks_around_more_often(
             assert len(reads) == int(25.0 / every_s)
 
     virtual.run(act())
+
+
+# --- clocks ---------------------------------------------------------------------------------------
+
+
+class Machine(VirtualClock):
+    """A machine's clock that somebody sets."""
+
+    set_s = 0.0
+
+    def wall(self) -> float:
+        return super().wall() + self.set_s
+
+
+class Others:
+    """The DHT as this process meets it: whether it takes words, and what time it says it is."""
+
+    def __init__(self, machine: Machine, *, takes: bool) -> None:
+        self.machine, self.takes = machine, takes
+
+    async def announce(self, record: SignedAnnouncement) -> bool:
+        return self.takes
+
+    async def times(self, clock: Clock) -> list[Sample]:
+        theirs_s = self.machine.wall() - self.machine.set_s
+        return [Sample(clock.wall() - theirs_s, 0.01)] * 3
+
+
+def timed(*, takes: bool) -> tuple[Membership, Machine]:
+    machine = Machine()
+    made = Membership(NetworkConfig(home=Path("/nonexistent")), machine, software="")
+    made.dht = Others(machine, takes=takes)  # type: ignore[assignment]
+    return made, machine
+
+
+def word(expires_s: float) -> SignedAnnouncement:
+    return SignedAnnouncement(ME, expires_s, b"")
+
+
+@pytest.mark.parametrize(
+    ("set_s", "said"),
+    [
+        (0.0, "does any other node run?"),
+        (-60.0, "clock is 60.0 s behind the swarm's (as 3 nodes told)"),
+        (3600.0, "clock is 3,600.0 s ahead of the swarm's"),
+    ],
+)
+def test_a_word_that_nobody_takes_is_explained(
+    caplog: pytest.LogCaptureFixture, set_s: float, said: str
+) -> None:
+    here, machine = timed(takes=False)
+    machine.set_s = set_s
+    assert not asyncio.run(here.announce(word(machine.wall() + 90)))
+    (record,) = caplog.records
+    assert said in record.getMessage()
+    caplog.clear()
+    assert asyncio.run(timed(takes=True)[0].announce(word(0.0)))
+    assert not caplog.records
+
+
+def test_a_clock_that_is_set_is_named_once_and_changes_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Neither do the living vanish, nor do the dead stay for what the clock was put back."""
+    here, machine = timed(takes=True)
+    here.take([word(machine.wall() + 90.0)])
+    for set_s in (3600.0, -3600.0):
+        machine.set_s = set_s
+        assert here.clock.due
+        for _ in range(2):
+            asyncio.run(here._check_time())
+        assert len(here.alive()) == 1
+    assert len([r for r in caplog.records if "clock is" in r.getMessage()]) == 1
+    machine.advance(91.0)
+    assert here.alive() == ()
+
+
+def test_a_word_from_a_clock_far_ahead_ends_like_all_others() -> None:
+    here, machine = timed(takes=True)
+    here.take([word(machine.wall() + 3690.0)])
+    machine.advance(EXPIRE_S + SKEW_S - 0.1)
+    assert len(here.alive()) == 1
+    machine.advance(0.2)
+    assert here.alive() == ()

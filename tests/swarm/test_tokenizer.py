@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import resource
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from hexswarm.config import DEFAULT_MODEL
 from hexswarm.config import cache as default_home
 from hexswarm.errors import CorruptWeights, UnknownModel, UsageError
 from hexswarm.store import resolve
+from hexswarm.templates import RENDER_S, START_S, Templates
 from hexswarm.tokenizer import TextStream, Tokenizer, load_tokenizer
 from tests import tiny
 
@@ -120,12 +123,97 @@ def test_a_missing_template_has_a_remedy(tmp_path: Path) -> None:
         "{% for i in range(999999999) %}x{% endfor %}",
         "{% include '/etc/passwd' %}",
         "",
+        "{% set n = namespace(x=messages) %}{% set n.__class__ = 1 %}",
+        "{{ namespace.__init__.__globals__ }}",
+        "{{ dict.__base__.__subclasses__() }}",
+        "{{ strftime_now.__globals__ }}",
+        "{{ messages | attr('__class__') }}",
+        "{{ lipsum.__globals__['os'].system('id') }}",
+        "{% for i in range(9999) %}{{ 'x' * 999 }}{% endfor %}",
+        "{{ 'x' * 2000000000 }}",
+        "{{ '%2000000000d' % 1 }}",
     ],
 )
 def test_templates_that_fail_or_break_out_are_usage_errors(tmp_path: Path, template: str) -> None:
     tiny.save_tokenizer(tmp_path, template)
     with pytest.raises(UsageError):
         load_tokenizer(tmp_path).encode_chat(HELLO)
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "longer than",
+        ),
+        (
+            "{% set n = namespace(x='x') %}{% for a in range(60) %}{% set n.x = n.x ~ n.x %}"
+            "{% endfor %}{{ n.x }}",
+            "MiB|ended|Memory",
+        ),
+        ("{{ 'x' * 1048577 }}", "characters"),
+    ],
+    ids=["time", "memory", "text"],
+)
+def test_a_template_is_held_to_time_and_memory(tmp_path: Path, template: str, why: str) -> None:
+    """And the next chat is rendered as if nothing had been."""
+    tiny.save_tokenizer(tmp_path, template)
+    hostile = load_tokenizer(tmp_path)
+    begun = time.monotonic()
+    with pytest.raises(UsageError, match=why):
+        hostile.encode_chat(HELLO)
+    assert time.monotonic() - begun < RENDER_S + START_S
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert usage < 4 << 20, "kibibytes: not in this process"
+    assert hostile._templates.render("{{ 1 + 1 }}", {}) == "2"
+
+
+TEMPLATES = [
+    tiny.TEMPLATE,
+    "{%- if messages[0]['role'] == 'system' %}S{% endif %}\n  {%- for m in messages %}\n"
+    "{{ '<|' + m.role + '|>' + m['content'] | trim }}\n{% if loop.last %}{% break %}{% endif %}"
+    "{%- endfor %}{{ eos_token }}{% if tools %}T{% endif %}",
+    "{% for m in messages %}{% generation %}{{ m | tojson }}{% endgeneration %}{% endfor %}",
+    "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}"
+    "{{ ns.n }}{{ strftime_now('%Y')[:2] }}{{ documents is none }}{{ dict(a=1).a }}",
+    "{{ messages | map(attribute='role') | join(',') }}{{ messages | selectattr('role', 'equalto',"
+    " 'user') | list | length }}{{ bos_token is defined }}",
+]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_we_render_as_transformers_does(tmp_path: Path, template: str) -> None:
+    tiny.save_tokenizer(tmp_path, template)
+    ours = load_tokenizer(tmp_path)
+    for chat in (HELLO, [{"role": "system", "content": " a\n"}, *HELLO, *HELLO]):
+        theirs = ours._backend.apply_chat_template(
+            chat, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        assert ours.encode_chat(chat) == theirs
+
+
+def test_the_defaults_chat_is_rendered_as_transformers_does(default: Tokenizer) -> None:
+    chat = [{"role": "system", "content": "Be brief."}, *HELLO]
+    theirs = default._backend.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    assert default.encode_chat(chat) == theirs
+
+
+def test_the_renderer_ends_with_its_owner() -> None:
+    templates = Templates()
+    assert templates.render("{{ 'ok' }}", {}) == "ok"
+    process = templates._process
+    assert process is not None
+    assert Path(f"/proc/{process.pid}/environ").read_bytes().count(b"\0") <= 2
+    process.kill()
+    process.wait()
+    assert templates.render("{{ 'again' }}", {}) == "again", "a dead one is replaced"
+    process = templates._process
+    del templates
+    assert process is not None
+    assert process.poll() is not None
 
 
 # ---------------------------------------------------------------------------- loading

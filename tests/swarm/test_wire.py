@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import struct
+import sys
 import time
 import tracemalloc
 
@@ -14,7 +15,14 @@ from hypothesis import strategies as st
 
 from hexswarm.errors import LocalProtocolError, RemoteProtocolError
 from hexswarm.messages import MAX_HEADER_BYTES, MAX_TOKENS, GoAway, Hidden, Open, Ping, Tokens
-from hexswarm.wire import FRAME_DEADLINE_S, MAX_PAYLOAD_BYTES, Frame, FrameDecoder, pack
+from hexswarm.wire import (
+    FRAME_DEADLINE_S,
+    MAX_PAYLOAD_BYTES,
+    Frame,
+    FrameDecoder,
+    Limits,
+    pack,
+)
 from tests.frames import frames
 
 KEY = bytes(16)
@@ -161,6 +169,53 @@ def test_damaged_frames(sent: list[Frame], rng: random.Random) -> None:
         got = []
     assert all(isinstance(frame, Frame) for frame in got)
     assert time.perf_counter() - began < 0.5
+
+
+@given(st.lists(frames, max_size=9), st.lists(st.integers(0, 1 << 16), max_size=8))
+def test_a_few_frames_at_a_time_are_the_same_frames(sent: list[Frame], places: list[int]) -> None:
+    """And none is left behind: `more` says that there are some."""
+    decoder = FrameDecoder(Limits(frames=2))
+    got: list[Frame] = []
+    for piece in cut(b"".join(map(data_of, sent)), places):
+        got += decoder.feed(piece, 0.0)
+        while decoder.more:
+            found = decoder.feed(b"", 0.0)
+            assert 0 < len(found) <= 2
+            got += found
+    assert got == sent
+    assert decoder.held == 0
+
+
+def test_limits_may_change_in_the_middle_of_a_frame() -> None:
+    """The sender took part in something, and does not any more."""
+    data = data_of(Frame(GoAway(1.0), bytes(1000)))
+    decoder = FrameDecoder(Limits(payload_bytes=999))
+    with pytest.raises(RemoteProtocolError, match="over the limits"):
+        decoder.feed(data[:8], 0.0)
+    decoder = FrameDecoder(Limits(payload_bytes=1000))
+    assert decoder.feed(data[:500], 0.0) == []
+    decoder.limits = Limits(payload_bytes=999)
+    with pytest.raises(RemoteProtocolError, match="over the limits"):
+        decoder.feed(data[500:], 0.0)
+    assert decoder.held == 0
+    with pytest.raises(RemoteProtocolError, match="broke off"):
+        decoder.feed(data, 0.0)
+
+
+def test_memory_is_given_back_with_the_frame() -> None:
+    """Whether it came whole, in pieces, or broke off."""
+    data = data_of(Frame(GoAway(1.0), bytes(MAX_PAYLOAD_BYTES)))
+    decoder = FrameDecoder()
+    for pieces in ([data], cut(data, [1, 7, 9, 1 << 18, 1 << 20])):
+        assert sum(len(decoder.feed(piece, 0.0)) for piece in pieces) == 1
+        assert decoder.held == 0
+        assert sys.getsizeof(decoder._buffer) < 1 << 10
+    decoder.feed(data[:-1], 0.0)
+    assert decoder.held == len(data) - 1
+    assert sys.getsizeof(decoder._buffer) < 1.2 * len(data)
+    with pytest.raises(RemoteProtocolError):
+        decoder.feed(b"x" + bytes([255]) * 8, 0.0)
+    assert sys.getsizeof(decoder._buffer) < 1 << 10
 
 
 def test_overhead_of_a_step() -> None:
