@@ -42,9 +42,13 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Forget the steps of a session that have not been computed."""
+    """Forget the steps of a session that have not been computed.
+
+    With `position` its KV ends there, whatever is being computed: that will be written again.
+    """
 
     session: SessionKey
+    position: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

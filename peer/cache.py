@@ -15,14 +15,17 @@ they ran, in order. A step that starts below it crops: nothing is erased, the to
 simply overwritten later, so speculation and replay need no message of their own. A step above it
 would leave a hole and is refused without a trace.
 
-A lease idle for `lease_s` ends; only a step renews it. An opened session that never steps, or a
-client that went away without a word, therefore costs memory for a bounded time.
+A lease idle for `lease_s` ends; a step renews it. So does its owner who asks again, since a session
+whose route is being repaired stands still; but without a step it ends after `UNUSED_LEASES` times
+that, however often it is asked for. An opened session that never steps, or a client that went away
+without a word, therefore costs memory for a bounded time.
 
 No locks and no clock here: the owner (`hexswarm.peer.engine`) guards it and passes `now`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from hexswarm.errors import HexswarmError, RemoteProtocolError, SessionClosed, UsageError
@@ -30,6 +33,9 @@ from hexswarm.peer.steps import SessionKey
 
 BLOCK_TOKENS = 16
 """Tokens of one block; small enough to waste little, large enough for coalesced reads."""
+
+UNUSED_LEASES = 3
+"""So many times `lease_s` a lease lives without a step, at the most."""
 
 _FIRST_LIFE_S = 10.0
 """How long a session is expected to live before any has ended here."""
@@ -91,17 +97,22 @@ class _Holder:
     lease: Lease
     opened_s: float
     used_s: float
+    """When it was renewed."""
+    stepped_s: float
+    """When a step came or ended."""
     length: int = 0
 
 
 class BlockTables:
     """All leases over a pool of `blocks` blocks."""
 
-    def __init__(self, blocks: int, *, lease_s: float = 300.0) -> None:
+    def __init__(self, blocks: int, *, lease_s: float = 60.0) -> None:
         if blocks < 1:
             raise UsageError("the KV pool has at least one block")
         self.total_blocks = blocks
         self.lease_s = lease_s
+        self.on_release: Callable[[tuple[int, ...]], None] = lambda blocks: None
+        """Told of the blocks of every lease that ends."""
         self._holders: dict[SessionKey, _Holder] = {}
         self._free = _Runs(blocks)
         self._life_s = min(_FIRST_LIFE_S, lease_s)
@@ -126,20 +137,25 @@ class BlockTables:
         if tokens < 1:
             raise UsageError("a session leases at least one token")
         lease = Lease(session, tokens, self._take(tokens, blocks_of(tokens), None, now))
-        self._holders[session] = _Holder(lease, opened_s=now, used_s=now)
+        self._holders[session] = _Holder(lease, opened_s=now, used_s=now, stepped_s=now)
         return lease
 
     def extend(self, session: SessionKey, tokens: int, now: float) -> Lease:
-        """Make the lease `tokens` long in all (never shorter) or raise KvFull, changing nothing."""
+        """Make the lease `tokens` long in all (never shorter) or raise KvFull, changing nothing.
+
+        Its owner asked for it: it is renewed.
+        """
         holder = self._holder(session)
         lease = holder.lease
         if tokens <= lease.tokens:
+            holder.used_s = now
             return lease
         more = blocks_of(tokens) - len(lease.blocks)
         if more > 0:
             added = self._take(tokens, more, lease.blocks[-1] + 1, now)
             lease = replace(lease, blocks=lease.blocks + added)
         holder.lease = replace(lease, tokens=tokens)
+        holder.used_s = now
         return holder.lease
 
     def write(self, session: SessionKey, position: int, count: int, now: float) -> None:
@@ -152,12 +168,13 @@ class BlockTables:
         if position + count > holder.lease.tokens:
             raise BeyondLease(position + count, holder.lease.tokens)
         holder.length = position + count
-        holder.used_s = now
+        holder.used_s = holder.stepped_s = now
 
     def renew(self, session: SessionKey, now: float) -> None:
         """A step of the session ended; a long prompt may compute for longer than `lease_s`."""
         if session in self._holders:
-            self._holders[session].used_s = now
+            holder = self._holders[session]
+            holder.used_s = holder.stepped_s = now
 
     def rewind(self, session: SessionKey, position: int) -> None:
         """Forget tokens from `position` on, which a failed step did not write after all."""
@@ -180,15 +197,20 @@ class BlockTables:
         if holder is None:
             return False
         self._free.give(holder.lease.blocks)
+        self.on_release(holder.lease.blocks)
         self._life_s += 0.2 * (now - holder.opened_s - self._life_s)
         return True
 
     def expire(self, now: float) -> list[SessionKey]:
-        """End the leases that no step renewed for `lease_s` and name their sessions."""
-        old = [key for key, held in self._holders.items() if now - held.used_s > self.lease_s]
+        """End the leases that nothing renewed for `lease_s` and name their sessions."""
+        old = [key for key, held in self._holders.items() if self._idle(held, now)]
         for session in old:
             self.release(session, now)
         return old
+
+    def _idle(self, held: _Holder, now: float) -> bool:
+        unused_s = UNUSED_LEASES * self.lease_s
+        return now - held.used_s > self.lease_s or now - held.stepped_s > unused_s
 
     def _holder(self, session: SessionKey) -> _Holder:
         try:

@@ -24,6 +24,7 @@ from hexswarm.peer.admission import Hosted
 from hexswarm.peer.announcer import Announcer
 from hexswarm.peer.cache import BLOCK_TOKENS, BlockTables
 from hexswarm.peer.engine import Engine
+from hexswarm.peer.journal import DEFAULT_BYTES, FREE_SHARE, Journal
 from hexswarm.peer.loading import (
     MEMORY_SHARE,
     Served,
@@ -59,6 +60,8 @@ MEASURE_EVERY_S = 20.0
 YOUNG_S = 60.0
 """A peer that is so young, or knows fewer than two others, measures them more often:"""
 YOUNG_EVERY_S = 2.0
+STOP_S = 3.0
+"""A device that hangs for longer than this is left behind."""
 SHARED_S = 600.0
 """Neighbours with which a session was shared so lately are announced first."""
 
@@ -68,8 +71,8 @@ class Peer:
 
     def __init__(self, config: PeerConfig, progress: Progress) -> None:
         self.config = config
-        self.clock = RealClock()
-        self.member = Membership(config, self.clock, software=f"hexswarm/{__version__}")
+        self.member = Membership(config, RealClock(), software=f"hexswarm/{__version__}")
+        self.clock = self.member.clock
         self.served: Served
         self.engine: Engine | None = None
         self.server: PeerServer | None = None
@@ -136,7 +139,7 @@ class Peer:
     async def leave(self) -> None:
         """Stop the device thread and the network, however far `start` had come."""
         if self.engine is not None:
-            await asyncio.to_thread(self.engine.stop)
+            await asyncio.to_thread(self.engine.stop, STOP_S)
         await self.member.close()
 
     # --- inside -------------------------------------------------------------------------------
@@ -166,10 +169,17 @@ class Peer:
             clock=self.clock,
             deliver=self._on_results,
             pace=Pace(speed, served.span, spec.layers),
+            forget=served.runner.forget,
         )
-        server = PeerServer(StageTable(hosted, engine), engine, self.member.links, self.clock)
+        table = StageTable(hosted, engine, Journal(self._journal_bytes()))
+        server = PeerServer(table, engine, self.member.links, self.clock)
         engine.start()
         self.engine, self.server = engine, server
+
+    def _journal_bytes(self) -> int:
+        if self.config.journal is not None:
+            return self.config.journal
+        return min(DEFAULT_BYTES, free_bytes("cpu") // FREE_SHARE)
 
     def _on_frames(self, peer: PeerId, frames: list[Frame]) -> None:
         if self.server is not None:
@@ -235,12 +245,7 @@ class Peer:
         current = self._current()
         stamped, expires_s = self._announcer.stamp(current, now, wall)
         record = sign(stamped, expires_s, self._identity)
-        self.member.take([record])
-        if not await self.member.dht.announce(record):
-            log.warning(
-                "the announcement was taken by nobody; is this machine's clock right, and does "
-                "any other node run?"
-            )
+        await self.member.announce(record)
 
     async def _announce_for_ever(self) -> None:
         while True:
@@ -287,14 +292,8 @@ class Peer:
             self._place = vivaldi.step(self._place, at, rtt_s, self._rng)
 
     async def _drain(self, server: PeerServer) -> None:
-        """Say that we leave, let sessions end, hand back the rest."""
         self._state = "draining"
-        server.carry_out(server.table.drain(self.config.drain_s))
-        await self._announce()
-        deadline_s = self.clock.monotonic() + self.config.drain_s
-        while len(server.table) and self.clock.monotonic() < deadline_s:
-            await server.quiet(deadline_s - self.clock.monotonic())
-        server.carry_out(server.table.end_all())
+        await server.drain(self.config.drain_s, self._announce)
 
 
 async def run_peer(

@@ -16,12 +16,16 @@ bounded, since what waits of a session never exceeds what the session leased).
 Steps are checked when they are submitted, in order: the cached length then counts accepted steps
 as written. That holds because a session's steps run in order, and if one fails, those behind it
 vanish and the length is taken back. A closed session's blocks may be leased anew while its last
-batch still runs: the newcomer's first write comes after that batch, on the same thread.
+batch still runs: the newcomer's first write comes after that batch, on the same thread, and after
+the blocks were erased there (`forget`).
 
 Failures. A step that leaves a gap, exceeds its lease, or belongs to no session gives a
-`Result.error` for its session only. If the runner raises (out of memory included), the rows of that
-batch fail, one line is logged (the traceback once per kind), and the thread lives on: a volunteer
-who starts a game must not lose the peer.
+`Result.error` for its session only. If the runner raises (out of memory included), one line is
+logged (the traceback once per kind), the rows of that batch are tried once more, each by itself, so
+that what one session brought takes no other along, and those that raise again fail. Nothing is
+tried a third time, and the thread lives on: a volunteer who starts a game must not lose the peer.
+A row that fails after its session was taken back behind it (a new turn, another route) is nobody's
+concern: what has been submitted since then stays.
 """
 
 from __future__ import annotations
@@ -81,8 +85,13 @@ class Engine:
         clock: Clock,
         deliver: Deliver,
         pace: Pace | None = None,
+        forget: Callable[[Sequence[int]], None] | None = None,
     ) -> None:
-        """`pace`, if given, follows how fast batches really are."""
+        """`pace`, if given, follows how fast batches really are.
+
+        `forget` erases the blocks of sessions that ended: on the device thread, after the batch
+        that may still write there and before any that is picked later.
+        """
         self._runner = runner
         self._scheduler = scheduler
         self._cache = cache
@@ -93,6 +102,12 @@ class Engine:
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._stopping = False
         self._crash_kinds: set[type[Exception]] = set()
+        self._failure = ""
+        self._forget = forget
+        self._ended: list[int] = []
+        """Blocks that are to be erased."""
+        if forget is not None:
+            cache.on_release = self._ended.extend
         self._thread = threading.Thread(target=self._live, name="hexswarm-device", daemon=True)
         self.counters = Counters()
         self._pace = pace
@@ -135,16 +150,19 @@ class Engine:
             self._scheduler.drop(session)
             return self._cache.release(session, self._clock.monotonic())
 
-    def cancel(self, session: SessionKey) -> None:
+    def cancel(self, session: SessionKey, position: int | None = None) -> None:
         """Forget the steps of a session that wait; its lease and what was computed stay.
 
         The cached length is taken back to what was computed, or is being computed: a later step
-        above it would attend to what an earlier session left in those blocks.
+        above it would attend to what an earlier session left in those blocks. With `position` it
+        is taken back at least that far: what is being computed above will be written again, later,
+        by the same thread.
         """
         with self._wake:
-            position = self._scheduler.drop(session)
-            if position is not None:
-                self._cache.rewind(session, position)
+            waits = self._scheduler.drop(session)
+            for known in (waits, position):
+                if known is not None:
+                    self._cache.rewind(session, known)
 
     def expire(self) -> list[SessionKey]:
         """Close the sessions that no step renewed for the time of a lease, and name them."""
@@ -244,6 +262,8 @@ class Engine:
         """Sleep until there is something to do; None to end."""
         with self._wake:
             while not self._stopping:
+                if self._ended:
+                    return self._erase, Future()
                 if self._calls:
                     return self._calls.popleft()
                 now = self._clock.monotonic()
@@ -253,26 +273,48 @@ class Engine:
                 self._wake.wait(None if picked is None else max(0.0, picked.until - now))
         return None
 
+    def _erase(self) -> None:
+        """Zero what ended sessions left; a device that cannot do that fails at its next batch."""
+        with self._wake:
+            blocks = self._ended[:]
+            self._ended.clear()
+        assert self._forget is not None
+        self._forget(blocks)
+
     def _compute(self, batch: Batch) -> None:
         started_s = self._clock.monotonic()
-        crash: Exception | None = None
+        results = self._attempt(batch)
+        crashed = results is None
+        if results is None:
+            results = self._one_by_one(batch)
+        ended_s = self._clock.monotonic()
+        with self._wake:
+            self._account(batch, results, ended_s, ended_s - started_s, crashed)
+            self._scheduler.finished(batch, ended_s, None if crashed else ended_s - started_s)
+            if not crashed:
+                self._measure(batch, started_s, ended_s)
+        took_s, rows = ended_s - started_s, len(results)
+        self._post([result.timed(started_s, took_s, rows) for result in results])
+
+    def _attempt(self, batch: Batch) -> list[Result] | None:
+        """The results of a batch; None if the runner raised."""
         try:
             results = list(self._runner.run(batch))
             if len(results) != len(batch.rows):
                 raise RuntimeError(f"{len(results)} results for {len(batch.rows)} rows")
         except Exception as error:
-            crash = error
-            reason = f"the stage failed to compute ({type(error).__name__})"
-            results = [Result(row, error=reason) for row in batch.rows]
+            self._failure = f"the stage failed to compute ({type(error).__name__})"
             self._log(error, batch)
-        ended_s = self._clock.monotonic()
-        with self._wake:
-            if crash is None:
-                self._scheduler.finished(batch, ended_s, ended_s - started_s)
-                self._measure(batch, started_s, ended_s)
-            self._account(batch, results, ended_s, ended_s - started_s, crash is not None)
-        took_s, rows = ended_s - started_s, len(results)
-        self._post([result.timed(started_s, took_s, rows) for result in results])
+            return None
+        return results
+
+    def _one_by_one(self, batch: Batch) -> list[Result]:
+        """Every row by itself, if it was not: one of them may have made the batch fail."""
+        results: list[Result] = []
+        for row in batch.rows:
+            alone = self._attempt(Batch((row,))) if len(batch.rows) > 1 else None
+            results += alone or [Result(row, error=self._failure)]
+        return results
 
     def _measure(self, batch: Batch, started_s: float, ended_s: float) -> None:
         """Tell the meters of a batch that was computed."""
@@ -299,8 +341,14 @@ class Engine:
             session = result.row.session
             self._cache.renew(session, now)
             if result.error is not None:
-                self._scheduler.drop(session)
-                self._cache.rewind(session, result.row.position)
+                self._take_back(session, result.row.position)
+
+    def _take_back(self, session: SessionKey, position: int) -> None:
+        """A row at `position` was not written after all, nor is what waits behind it."""
+        waits = self._scheduler.first(session)
+        if waits is None or waits > position:
+            self._scheduler.drop(session)
+            self._cache.rewind(session, position)
 
     def _log(self, error: Exception, batch: Batch) -> None:
         new = type(error) not in self._crash_kinds

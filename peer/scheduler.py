@@ -188,12 +188,13 @@ class Scheduler:
         self._flying.update(row.session for row in rows)
         return Batch(tuple(rows))
 
-    def finished(self, batch: Batch, now: float, elapsed_s: float) -> None:
-        """The device computed `batch` in `elapsed_s`, ending now."""
-        decodes = sum(row.decode for row in batch.rows)
-        self.times.observe(decodes, batch.tokens - decodes, elapsed_s)
-        if self._gathers:
-            self.gather.worked(now, elapsed_s)
+    def finished(self, batch: Batch, now: float, elapsed_s: float | None) -> None:
+        """The device computed `batch` in `elapsed_s`, ending now; None: that tells nothing."""
+        if elapsed_s is not None:
+            decodes = sum(row.decode for row in batch.rows)
+            self.times.observe(decodes, batch.tokens - decodes, elapsed_s)
+            if self._gathers:
+                self.gather.worked(now, elapsed_s)
         for row in batch.rows:
             if row.session in self._flying and self._gathers and row.sample:
                 self.gather.departed(row.session, now)
@@ -203,9 +204,15 @@ class Scheduler:
 
     def drop(self, session: SessionKey) -> int | None:
         """What the session has waiting vanishes; the position of its first token, if any waited."""
-        waiting = self._waiting.pop(session, ())
+        first = self.first(session)
+        self._waiting.pop(session, None)
         self._flying.discard(session)
         self.gather.forget(session)
+        return first
+
+    def first(self, session: SessionKey) -> int | None:
+        """The lowest position that the session has waiting, if anything waits."""
+        waiting = self._waiting.get(session, ())
         return min((p.step.position + p.done for p in waiting), default=None)
 
     def pending_tokens(self, session: SessionKey) -> int:

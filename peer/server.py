@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 
 from hexswarm.clock import Clock
@@ -23,9 +23,12 @@ from hexswarm.peer.tracing import UNMEASURED_S
 from hexswarm.records import PeerId
 from hexswarm.wire import Frame
 
-EXPIRE_EVERY_S = 5.0
+EXPIRE_EVERY_S = 1.0
 """How exactly leases end. Reservations end to the moment: this is shorter than they last, so that
 each is seen before its end."""
+
+ANNOUNCE_S = 2.0
+"""Time to tell the directory that we leave."""
 
 
 class PeerServer:
@@ -56,6 +59,20 @@ class PeerServer:
             await asyncio.sleep(min(EXPIRE_EVERY_S, max(0.0, due_s)))
             self.carry_out(self.table.expire(self._clock.monotonic()))
 
+    async def drain(self, within_s: float, announce: Callable[[], Awaitable[None]]) -> None:
+        """Tell that we leave, let sessions end or move on, hand back the rest.
+
+        The clients of open sessions are told first and at once; the directory in the time that a
+        lookup may take, since a swarm of which half is gone must not hold us up.
+        """
+        deadline_s = self._clock.monotonic() + within_s
+        self.carry_out(self.table.drain(within_s))
+        with contextlib.suppress(TimeoutError, HexswarmError):
+            await asyncio.wait_for(announce(), min(ANNOUNCE_S, within_s))
+        while len(self.table) and self._clock.monotonic() < deadline_s:
+            await self.quiet(deadline_s - self._clock.monotonic())
+        self.carry_out(self.table.end_all())
+
     async def quiet(self, timeout_s: float) -> None:
         """Wait until no session is open, at most `timeout_s`."""
         self._quiet.clear()
@@ -78,8 +95,9 @@ class PeerServer:
                     sends.setdefault((peer, STEP), []).append((told, b""))
                 case Watch(peer=peer, on=on):
                     (self.links.watch if on else self.links.unwatch)(peer)
-                case Drop(session=session):
-                    self.engine.cancel(session)
+                case Drop(session=session, position=position):
+                    steps = [step for step in steps if step.session != session]
+                    self.engine.cancel(session, position)
                 case Dial():
                     task = asyncio.create_task(self._dial(action))
                     self._dials.add(task)

@@ -8,25 +8,33 @@ client only listens.
 
 Who may say what (everything else is dropped, and unknown and foreign sessions answer alike):
 
-    Open, Generate, Cancel, Close, Trace    the client that opened the session
-    Tokens                                  the client; the tail (at the head, same turn)
-    Hidden                                  the predecessor
+    Open, Generate, Cancel, Close     the client that opened the session
+    Resume, AskProgress, Trace        likewise
+    Tokens                            the client; the tail (at the head, same turn)
+    Hidden                            the predecessor
 
-A step of an older turn or epoch is late and dropped. The tail holds the last step of a prompt
-back until it has been told how to sample that turn, since client and ring race; to other stages
-the same word tells only that the session began. Whether a session may open, and how long it lives
-unused, is decided in `peer/admission.py`; where its time goes is summed in `peer/tracing.py`.
+A step, or a result, of an older turn or epoch is late and dropped; which step of this one is next
+is decided in `peer/order.py`. The tail holds the last step of a prompt back until it has been told
+how to sample that turn, since client and ring race; to other stages the same word tells only that
+the session began. Whether a session may open, and how long it lives unused, is decided in
+`peer/admission.py`; where its time goes is summed in `peer/tracing.py`.
+
+When a stage is lost, its neighbours say so and wait for the client, as long as their leases last.
+An `Open` of a higher epoch *rewires* the session: KV and journal stay, what is not done is
+forgotten, and the session stands still; input that comes early is held back. `Resume` then says
+where it goes on, and what the journal has to send first (`peer/resume.py`).
 """
 
 from __future__ import annotations
 
-import array
-import sys
+import contextlib
+import zlib
 from collections.abc import Iterable
 from dataclasses import replace
 
-from hexswarm.errors import UsageError
+from hexswarm.errors import HexswarmError, UsageError
 from hexswarm.messages import (
+    AskProgress,
     Cancel,
     Close,
     Failed,
@@ -35,7 +43,8 @@ from hexswarm.messages import (
     Hidden,
     Logits,
     Open,
-    Token,
+    Progress,
+    Resume,
     Tokens,
     Trace,
 )
@@ -50,8 +59,10 @@ from hexswarm.peer.actions import (
     number_siblings,
 )
 from hexswarm.peer.admission import RESERVE_S, Admission, Hosted, Ledger
+from hexswarm.peer.journal import Journal
+from hexswarm.peer.resume import onward, repeat, replay, why_not
 from hexswarm.peer.sessions import StageSession
-from hexswarm.peer.steps import Activations, Result, SessionKey, Step, TailPolicy
+from hexswarm.peer.steps import Activations, Result, SessionKey, Step, TailPolicy, ids_of
 from hexswarm.peer.tracing import UNMEASURED_S, Account
 from hexswarm.records import DTYPES, PeerId, Sampling
 from hexswarm.wire import Frame
@@ -62,7 +73,8 @@ _LOGITS = TailPolicy(Sampling(), logits=True)
 class StageTable:
     """All sessions in which this peer is a stage."""
 
-    def __init__(self, hosted: Hosted, ledger: Ledger) -> None:
+    def __init__(self, hosted: Hosted, ledger: Ledger, journal: Journal | None = None) -> None:
+        self.journal = Journal() if journal is None else journal
         self._hosted = hosted
         self._ledger = ledger
         self._admission = Admission(hosted, ledger)
@@ -106,6 +118,10 @@ class StageTable:
             case Close(session=key):
                 session = self._owned(peer, key)
                 return self._end(session) if session else []
+            case Resume() as message:
+                return self._resume(peer, message, now)
+            case AskProgress() as message:
+                return self._progress(peer, message)
             case Trace() as message:
                 return self._trace(peer, message)
             case Failed(code="unknown") as message:
@@ -123,30 +139,34 @@ class StageTable:
     def _wire(
         self, client: PeerId, message: Open, held: StageSession | None, now: float
     ) -> list[Action]:
-        me, actions = self._hosted.peer, list[Action]()
-        session = StageSession(
-            opened=message,
-            client=client,
-            head=message.first == 0,
-            tail=message.end == self._hosted.layers,
-        )
-        if held is not None:
-            actions += [Watch(peer, on=False) for peer in held.watched(me)]
-            session.turn, session.cancelled = held.turn, held.cancelled
-            session.policy, session.policy_turn = held.policy, held.policy_turn
-            session.produced, session.max_new = held.produced, held.max_new
-            session.stop_ids, session.bulk_turn = held.stop_ids, held.bulk_turn
-            session.account = held.account
-            if message.epoch == held.epoch:
-                session.held = held.held
-        self._sessions[message.session] = session
+        me, layers, actions = self._hosted.peer, self._hosted.layers, list[Action]()
+        session = held
+        if session is None:
+            head, tail = message.first == 0, message.end == layers
+            session = StageSession(message, client, head, tail, standing=message.epoch > 0)
+            self._sessions[message.session] = session
+        else:
+            actions += [Watch(peer, on=False) for peer in session.watched(me)]
+            if message.span != session.span:
+                self.journal.drop(session.key)
+            rewired = message.epoch > session.epoch
+            session.rewire(message, layers)
+            if rewired:
+                actions.append(Drop(session.key, session.order.done))
         actions += [Watch(peer) for peer in session.watched(me)]
         successor = session.successor
         if successor in (None, me):
-            return [*actions, Send(client, self._admission.grant(message, now))]
+            return [*actions, self._opened(session, now)]
         assert successor is not None
         dial = Dial(message.session, message.epoch, successor, message.successor_addresses)
         return [*actions, dial]
+
+    def _opened(self, session: StageSession, now: float) -> Send:
+        """Grant, and say what is kept of the session: nothing, if it is new."""
+        granted = self._admission.grant(session.opened, now)
+        done, kept = session.order.done, self.journal.start(session.key)
+        journal = done if kept is None else min(kept, done)
+        return Send(session.client, replace(granted, cached=done, journal=journal))
 
     def dialled(self, key: SessionKey, epoch: int, ok: bool, now: float) -> list[Action]:
         """The way to the successor is open, or cannot be opened."""
@@ -154,9 +174,10 @@ class StageTable:
         if session is None or session.epoch != epoch:
             return []
         if ok:
-            return [Send(session.client, self._admission.grant(session.opened, now))]
+            return [self._opened(session, now)]
         reason = f"cannot reach the next peer {session.opened.successor[-8:]}"
-        ended = self._end(session)
+        # What was computed here outlives a replacement that cannot be reached.
+        ended = [] if session.order.done else self._end(session)
         refuse = self._admission.refuse(session.opened, ("unreachable", reason, 0.0), now)
         return [Send(session.client, refuse), *ended]
 
@@ -168,11 +189,14 @@ class StageTable:
             return self._unknown(peer, message.session, message.epoch)
         if not session.head or message.epoch != session.epoch:
             return []
-        if not session.enter(message.turn, lead=peer == session.client):
+        if not session.admits(message.turn, lead=peer == session.client):
             return []
         if not payload or len(payload) % 4:
             return self._fail(session, "input", "a prompt of whole uint32 ids was expected")
-        return self._step(session, message, len(payload) // 4, _ids(payload), now)
+        count = len(payload) // 4
+        if session.standing:
+            return self._early(session, session.hold(peer, message, payload, count))
+        return self._take(session, message, count, payload, ids_of(payload), now)
 
     def _hidden(self, peer: PeerId, message: Hidden, payload: bytes, now: float) -> list[Action]:
         session = self._fed(peer, message)
@@ -180,14 +204,16 @@ class StageTable:
             return self._unknown(peer, message.session, message.epoch)
         if session.head or message.epoch != session.epoch or peer != session.predecessor:
             return []
-        if not session.enter(message.turn, lead=True):
+        if not session.admits(message.turn, lead=True):
             return []
         size = message.count * self._hosted.hidden * DTYPES[message.dtype]
         if len(payload) != size:
             text = f"{message.count} activations have {size} bytes, not {len(payload)}"
             return self._fail(session, "input", text)
+        if session.standing:
+            return self._early(session, session.hold(peer, message, payload, message.count))
         activations = Activations(payload, message.dtype)
-        return self._step(session, message, message.count, activations, now)
+        return self._take(session, message, message.count, payload, activations, now)
 
     def _fed(self, peer: PeerId, message: Tokens | Hidden) -> StageSession | None:
         """The session, if `peer` takes part in it before us."""
@@ -195,6 +221,41 @@ class StageTable:
         if session is None or peer not in (session.client, session.predecessor):
             return None
         return session
+
+    def _early(self, session: StageSession, held: bool) -> list[Action]:
+        return [] if held else self._fail(session, "input", "more came than the session can have")
+
+    def _take(
+        self,
+        session: StageSession,
+        message: Tokens | Hidden,
+        count: int,
+        payload: bytes,
+        content: object,
+        now: float,
+    ) -> list[Action]:
+        """A step came in: begin with it if it is next."""
+        order, position, last = session.order, message.position, message.last
+        digest, begins = zlib.crc32(payload), message.turn > session.turn
+        verdict = order.judge(position, count, last, len(payload), digest, begins=begins)
+        if verdict == "again":
+            return repeat(self.journal, session, position, count)
+        if verdict != "next":
+            reason = order.complaint(verdict, position, count)
+            return self._fail(session, verdict, reason) if reason else []
+        if session.held:
+            return self._fail(session, "input", "a turn has one last step")
+        actions = self._begin(session, message.turn) if begins else []
+        if order.fresh:
+            self.journal.crop(session.key, position)
+        order.take(position, count, last, len(payload), digest)
+        return [*actions, *self._step(session, message, count, content, now)]
+
+    def _begin(self, session: StageSession, turn: int) -> list[Action]:
+        """Go on to a newer turn; steps of the last one that wait are of no use any more."""
+        waits = session.order.received > session.order.done
+        session.begin(turn)
+        return [Drop(session.key, session.order.done)] if waits else []
 
     def _step(
         self,
@@ -217,10 +278,9 @@ class StageTable:
             siblings=message.siblings,
             span=session.span,
             policy=session.policy if session.successor is not None else _LOGITS,
+            epoch=session.epoch,
         )
         if session.tail and step.last and not session.told:
-            if session.held:
-                return self._fail(session, "input", "a turn has one last step")
             session.held.append(step)
             return []
         return [Submit(step)]
@@ -258,20 +318,58 @@ class StageTable:
             return []
         if message.turn < session.turn or message.turn <= session.cancelled:
             return []
+        if session.told_at == (session.epoch, message.turn):
+            return []  # it comes again: what was chosen since then must count on
         try:
             sampling = message.sampling
         except UsageError as error:
             return self._fail(session, "input", error.cause)
         if len(payload) % 4:
             return self._fail(session, "input", "a history of whole uint32 ids was expected")
-        session.policy = TailPolicy(sampling, history=_ids(payload))
-        session.policy_turn = message.turn
-        session.produced, session.max_new = 0, message.max_new
-        session.stop_ids = frozenset(message.stop_ids)
-        if session.turn != message.turn:
-            session.begin(message.turn)
+        session.tell(message, TailPolicy(sampling, history=ids_of(payload)))
+        actions = self._begin(session, message.turn) if session.turn != message.turn else []
         held, session.held = session.held, []
-        return [Submit(replace(step, policy=session.policy)) for step in held]
+        return [*actions, *(Submit(replace(step, policy=session.policy)) for step in held)]
+
+    def _resume(self, peer: PeerId, message: Resume, now: float) -> list[Action]:
+        """All stages of the new route are there: crop, send what the successor lacks, go on."""
+        session = self._owned(peer, message.session)
+        if session is None:
+            return self._unknown(peer, message.session, message.epoch)
+        if message.epoch != session.epoch or not session.standing:
+            return []
+        if not session.admits(message.turn, lead=True):
+            return []
+        refusal = why_not(self.journal, session, message)
+        if refusal:
+            return self._fail(session, "gap", refusal)
+        self._admission.commit(session.key, now)
+        self._renew(session)
+        if message.turn > session.turn:
+            session.begin(message.turn)
+        session.resume(message.start, message.send_from, message.end)
+        self.journal.crop(session.key, message.start)
+        actions: list[Action] = [Drop(session.key, message.start)]
+        actions += replay(self.journal, session)
+        for sender, step, payload in session.release():
+            actions += self.on_frame(sender, Frame(step, payload), now)
+        return actions
+
+    def _progress(self, peer: PeerId, message: AskProgress) -> list[Action]:
+        session = self._owned(peer, message.session)
+        if session is None:
+            return self._unknown(peer, message.session, message.epoch)
+        if message.epoch != session.epoch:
+            return []
+        self._renew(session)
+        here, order = (session.key, session.epoch, message.nonce), session.order
+        step_s = session.account.lately_s()
+        return [Send(peer, Progress(*here, order.received, order.done, step_s))]
+
+    def _renew(self, session: StageSession) -> None:
+        """Its owner cares for it while it has to wait for others; the ledger bounds that."""
+        with contextlib.suppress(HexswarmError):
+            self._ledger.extend(session.key, session.opened.kv_tokens)
 
     def _cancel(self, peer: PeerId, message: Cancel) -> list[Action]:
         session = self._owned(peer, message.session)
@@ -280,8 +378,8 @@ class StageTable:
         session.cancelled = max(session.cancelled, message.turn)
         if message.turn < session.turn:
             return []  # late: the next turn's input was faster, and stays
-        session.held.clear()
-        return [Drop(session.key)]
+        session.stop()
+        return [Drop(session.key, session.order.done)]
 
     def _trace(self, peer: PeerId, message: Trace) -> list[Action]:
         session = self._owned(peer, message.session)
@@ -305,15 +403,20 @@ class StageTable:
         self._finished_s = now
         me = self._hosted.peer
         for result in results:
-            session = self._sessions.get(result.row.session)
-            if session is None:
+            row = result.row
+            session = self._sessions.get(row.session)
+            if session is None or row.epoch != session.epoch:
+                continue
+            if row.turn != session.turn or row.turn <= session.cancelled:
                 continue
             if result.error is not None:
+                session.order.rewind(row.position)
                 actions += self._fail(session, "engine", result.error[:200])
-            elif result.row.turn == session.turn and result.row.turn > session.cancelled:
-                if session.account.finished(result, now) and session.successor != me:
-                    self._leaving.append(session.account)
-                actions += self._forward(session, result, now)
+                continue
+            if session.account.finished(result, now) and session.successor != me:
+                self._leaving.append(session.account)
+            session.order.done = row.position + row.count
+            actions += self._forward(session, result, now)
         return number_siblings(actions)
 
     def sent(self, now: float) -> None:
@@ -327,41 +430,26 @@ class StageTable:
 
     def _forward(self, session: StageSession, result: Result, now: float) -> list[Action]:
         row = result.row
-        here = (session.key, session.epoch, row.turn)
         if result.activations is not None and session.successor is not None:
-            message = Hidden(*here, row.position, row.count, row.sample, result.activations.dtype)
-            lane = session.lane(row)
-            return [Send(session.successor, message, result.activations.data, lane)]
+            return onward(self.journal, session, session.successor, row, result.activations)
         position = row.position + row.count
         if result.logits is not None:
+            here = (session.key, session.epoch, row.turn)
             return [Send(session.client, Logits(*here, position), result.logits)]
         if result.token is not None:
-            return self._chosen(session, here, position, result.token, now)
+            return self._chosen(session, position, result.token, now)
         return []
 
-    def _chosen(
-        self,
-        session: StageSession,
-        here: tuple[SessionKey, int, int],
-        position: int,
-        token: int,
-        now: float,
-    ) -> list[Action]:
+    def _chosen(self, session: StageSession, position: int, token: int, now: float) -> list[Action]:
         """The tail has a token: tell the client and close the ring."""
-        session.produced += 1
-        full = position >= session.opened.kv_tokens
-        finish = "stop" if token in session.stop_ids else ""
-        if not finish and (session.produced >= session.max_new or full):
-            finish = "length"
-        actions: list[Action] = [Send(session.client, Token(*here, position, token, finish))]
-        if finish or session.successor is None:
-            session.policy_turn = -1
+        message = session.choose(position, token)
+        actions: list[Action] = [Send(session.client, message)]
+        if message.finish or session.successor is None:
             return actions
-        if session.policy is not None:
-            session.policy.history.append(token)
-        feed = Tokens(*here, position, True)
+        feed = Tokens(session.key, session.epoch, session.turn, position, True)
         if session.successor != self._hosted.peer:
             return [*actions, Send(session.successor, feed, token.to_bytes(4, "little"))]
+        session.order.take(position, 1, True, 4, 0)
         return [*actions, *self._step(session, feed, 1, [token], now)]
 
     # --- ends ---------------------------------------------------------------------------------
@@ -413,14 +501,7 @@ class StageTable:
 
     def _end(self, session: StageSession) -> list[Action]:
         self._sessions.pop(session.key, None)
+        self.journal.drop(session.key)
         self._admission.end(session.key)
         watched = sorted(session.watched(self._hosted.peer))
         return [Watch(peer, on=False) for peer in watched]
-
-
-def _ids(payload: bytes) -> list[int]:
-    """Little-endian uint32 token ids."""
-    ids = array.array("I", payload)
-    if sys.byteorder == "big":
-        ids.byteswap()
-    return ids.tolist()

@@ -8,6 +8,8 @@ stay free of torch and run unchanged in the simulator.
 
 from __future__ import annotations
 
+import array
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +17,14 @@ from hexswarm.records import Sampling, Span
 
 SessionKey = bytes
 """128 random bits chosen by the client."""
+
+
+def ids_of(payload: bytes) -> list[int]:
+    """Little-endian uint32 token ids."""
+    ids = array.array("I", payload)
+    if sys.byteorder == "big":
+        ids.byteswap()
+    return ids.tolist()
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,15 +14,21 @@ asks for a token.
 
 Sums, no samples: a handful of additions for each step, one record for a session, and a percentile
 is of little use where the client wants to know which hop the milliseconds went to. A new turn
-begins new sums, so that a trace taken after a turn describes that turn.
+begins new sums, so that a trace taken after a turn describes that turn; so does a new route, which
+must not be blamed for what was slow in the last one. The last few steps are kept one by one, for a
+client that asks in mid-turn who is slow *now*.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 
 from hexswarm.messages import Trace, Traced
 from hexswarm.peer.steps import Result
+
+LATELY = 16
+"""Decode steps over which the time of one is told to a client that asks for progress."""
 
 UNMEASURED_S = -1.0
 """In place of a round trip that nobody has measured."""
@@ -42,6 +48,7 @@ class Account:
     prompt_compute_s: float = 0.0
     arrived_s: float = 0.0
     """When the last step came; of decode steps one at a time is under way."""
+    _lately_s: deque[float] = field(default_factory=lambda: deque(maxlen=LATELY))
     _prompted: bool = False
     """The whole prompt has been computed."""
 
@@ -52,12 +59,18 @@ class Account:
             self.prompt_wait_s += result.wait_s
             self.prompt_compute_s += result.compute_s
             return False
+        self._lately_s.append(now - self.arrived_s)
         self.steps += 1
         self.rows += result.batch_rows
         self.wait_s += result.wait_s
         self.compute_s += result.compute_s
         self.handle_s += max(0.0, now - self.arrived_s - result.wait_s - result.compute_s)
         return True
+
+    def lately_s(self) -> float:
+        """Mean of the last decode steps, from arrival to sending on; 0 if there were none."""
+        spent_s = self._lately_s
+        return max(0.0, sum(spent_s) / len(spent_s)) if spent_s else 0.0
 
     def told(self, asked: Trace, successor_rtt_s: float) -> Traced:
         """The sums as they are sent."""

@@ -13,6 +13,7 @@ from hexswarm.cli import client_config, given
 from hexswarm.conversation import Completion
 from hexswarm.errors import HexswarmError, NoRoute, UsageError
 from hexswarm.explained import (
+    repair_text,
     route_json,
     route_text,
     trace_json,
@@ -27,7 +28,7 @@ from hexswarm.planning import Plan
 from hexswarm.records import Route
 from hexswarm.router.network import Snapshot
 from hexswarm.tokenizer import Message
-from hexswarm.trace import load
+from hexswarm.trace import load, repair_json
 
 PROMPT_TOKENS = 128
 """Length of the prompt that `route` and `why` think of if none is given."""
@@ -47,7 +48,7 @@ def generate(flags: argparse.Namespace) -> int:
         else:
             completion = print_stream(client.generate(prompt, stream=True, **options))
     if not flags.json:
-        print(summary(completion), file=sys.stderr)
+        print(*map(repair_text, completion.mends), summary(completion), sep="\n", file=sys.stderr)
     return 0
 
 
@@ -79,7 +80,9 @@ def chat(flags: argparse.Namespace) -> int:
                 print(f"hexswarm: {error}", file=sys.stderr)
                 continue
             messages.append({"role": "assistant", "content": completion.text})
-            print(summary(completion), file=sys.stderr)
+            print(
+                *map(repair_text, completion.mends), summary(completion), sep="\n", file=sys.stderr
+            )
     return 0
 
 
@@ -198,6 +201,7 @@ def as_json(completion: Completion) -> dict[str, Any]:
             "price": completion.route.price,
         },
         "session": completion.session,
+        "mends": [repair_json(item) for item in completion.mends],
         "route": [
             {"peer": stage.peer, "span": [stage.span.first, stage.span.end]}
             for stage in completion.route.stages

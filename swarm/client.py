@@ -8,9 +8,9 @@
 
 One client serves many requests at once over shared links. A request is a session opened along the
 route that the router found (`hexswarm.planning`); if a stage refuses or cannot be reached before
-the first token, the next-best route is taken at once without it (`hexswarm.opening`). Once tokens
-have come, a lost peer ends the request with a typed error. What an answer teaches (how fast its
-peers were, where the time went) serves the next one (`hexswarm.tracing`).
+the first token, the next-best route is taken at once without it (`hexswarm.opening`). If a peer is
+lost later, another takes its place and the answer goes on (`hexswarm.failover`). What an answer
+teaches (how fast its peers were, where the time went) serves the next one (`hexswarm.tracing`).
 
 `hexswarm.blocking` wraps all this for code without an event loop.
 """
@@ -29,11 +29,10 @@ from hexswarm.config import DEFAULT_MODEL, ClientConfig
 from hexswarm.conversation import Answer, Completion, Conversation, Prompt
 from hexswarm.errors import (
     ContextTooLong,
-    NetworkError,
-    PeerLost,
     SessionClosed,
     UsageError,
 )
+from hexswarm.failover import Mender
 from hexswarm.membership import Membership
 from hexswarm.opening import Opener
 from hexswarm.options import Options, Wishes
@@ -55,8 +54,6 @@ if TYPE_CHECKING:
 STALE_S = 30.0
 """A request waits for a fresh reading of the directory if the last one is older than this; the
 background reading comes every 10 s."""
-STALL_S = 300.0
-"""Longest wait for the next token while every peer is alive."""
 
 
 class AsyncClient:
@@ -75,9 +72,9 @@ class AsyncClient:
         self.config = config or ClientConfig(
             bootstrap=tuple(bootstrap), model=model, home=Path(home) if home else None
         )
-        self._clock = RealClock()
+        self._member = Membership(self.config, RealClock(), software=f"hexswarm/{__version__}")
+        self._clock = self._member.clock
         self._runtime = SessionRuntime(self._clock)
-        self._member = Membership(self.config, self._clock, software=f"hexswarm/{__version__}")
         self._tracer = Tracer(self.config.folder / "traces")
         self._set_up(random.Random())
         self._starting: asyncio.Lock = asyncio.Lock()
@@ -114,9 +111,11 @@ class AsyncClient:
             self._folder = folder
 
     def _set_up(self, rng: random.Random) -> None:
-        """What chooses and opens."""
+        """What chooses, opens and mends."""
         self._planner = Planner(self._member, self._runtime, self._clock, rng)
-        self._opener = Opener(self._planner, self._member, self._runtime, self._clock)
+        parts = self._planner, self._member, self._runtime, self._clock
+        self._opener = Opener(*parts, rng, patience_s=self.config.patience_s)
+        self._mender = Mender(*parts, repair_s=self.config.repair_s)
 
     async def _join(self) -> None:
         if not self.config.bootstrap and not (self.config.folder / "peers.json").exists():
@@ -132,6 +131,7 @@ class AsyncClient:
     async def close(self) -> None:
         """End all sessions and leave the swarm."""
         if self._folder is not None:
+            await self._mender.close()
             await self._planner.close()
             await self._tracer.close()
             self._runtime.close_all()
@@ -181,14 +181,18 @@ class AsyncClient:
 
         options = Options(max_new_tokens=max_new_tokens)  # raises UsageError
         await self.start()
-        ids = self.encode(prompt)
+        ids = await self.ids(prompt)
         self.check_context(len(ids), max_new_tokens)
-        session, _ = await self._open(len(ids), max_new_tokens, options, client_loop=True)
+        session, plan = await self._open(len(ids), max_new_tokens, options, client_loop=True)
         try:
-            greedy, stops = Sampling(), self.tokenizer.stop_ids
-            session.generate(Turn(0, tuple(ids), max_new_tokens, greedy, ()))
+            turn, stops = (
+                Turn(0, tuple(ids), max_new_tokens, Sampling(), ()),
+                self.tokenizer.stop_ids,
+            )
+            self._mender.begin(session, plan, turn)
+            session.generate(turn)
             for _ in range(max_new_tokens):
-                event = await self._next(session)
+                event = await session.wait()
                 if not isinstance(event, EmitLogits):
                     continue
                 row = np.frombuffer(event.data, dtype="<f4")
@@ -198,6 +202,7 @@ class AsyncClient:
                     return
                 session.feed(token)
         finally:
+            self._mender.end(session)
             session.close()
 
     # --- looking without asking -----------------------------------------------------------------
@@ -256,6 +261,12 @@ class AsyncClient:
         assert self._tokenizer is not None
         return self._tokenizer
 
+    async def ids(self, prompt: Prompt) -> list[int]:
+        """`encode`, without holding up the loop: a chat template may take seconds."""
+        if isinstance(prompt, str) or all(type(item) is int for item in prompt):
+            return self.encode(prompt)
+        return await asyncio.to_thread(self.encode, prompt)
+
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt. Raises UsageError for anything else."""
         if isinstance(prompt, str):
@@ -284,30 +295,22 @@ class AsyncClient:
         request = self._planner.request(self.folder.spec, prompt_tokens, new_tokens, wishes)
         return await self._opener.open(request, self.config.connect_s, client_loop=client_loop)
 
-    async def _next(self, session: OpenSession) -> object:
-        try:
-            async with asyncio.timeout(STALL_S):
-                return await session.wait()
-        except TimeoutError:
-            session.close()
-            raise NetworkError(f"no token for {STALL_S:.0f} s", remedy="try again") from None
-        except PeerLost as error:
-            self._opener.forget_lost(error)
-            raise
-
     # --- after an answer --------------------------------------------------------------------------
 
     def _after(self, session: OpenSession, plan: Plan, completion: Completion) -> None:
         """Learn from a finished turn, and have its stages tell where the time went."""
         if session.machine.failed is not None:
             return
+        self._planner.use(plan.route)
         announced = self._planner.announced(plan)
-        if completion.tpot_s is not None:
+        mended = bool(completion.mends)  # then its time says little of who served at the end
+        if completion.tpot_s is not None and not mended:
             self._planner.observed(plan, announced, completion.tpot_s)
 
         def told(trace: SessionTrace) -> None:
             computed = {hop.peer: hop.measured.compute_s for hop in trace.hops if hop.measured}
-            self._planner.told(announced, computed)
+            if not mended:
+                self._planner.told(announced, computed)
 
         name, now = self.folder.spec.name, self._clock.wall()
         self._tracer.begin(session, draft(plan, completion, name, now), told)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import types
 import typing
@@ -61,6 +62,16 @@ def byte_rate(text: str) -> float:
     digits = text.removesuffix("/s").removesuffix("B")
     scale = {"k": 1e3, "M": 1e6, "G": 1e9}.get(digits[-1:], 1.0)
     return scale * _number(digits.rstrip("kMG"), text, 'bytes per second, as "1.5MB"')
+
+
+def byte_size(text: str) -> int:
+    """Bytes of "1500000", "1.5MB" or "2GB". Raises UsageError."""
+    digits = text.removesuffix("B")
+    scale = {"k": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(digits[-1:], 1)
+    size = scale * _number(digits.rstrip("kMG"), text, 'bytes, as "512MB"')
+    if not math.isfinite(size):
+        raise UsageError(f"{text!r} is not a number of bytes")
+    return int(size)
 
 
 def _number(digits: str, text: str, what: str) -> float:
@@ -123,7 +134,13 @@ class PeerConfig(ListenConfig):
     dtype: str = option("auto", "float32, bfloat16, float16 or auto (float32 on CPU)")
     kv_tokens: int = option(16384, "tokens of all sessions for which KV memory is kept")
     threads: int = option(0, "CPU threads for the layers; 0 lets PyTorch choose")
-    lease_s: float = option(300.0, "seconds after which an idle session loses its KV")
+    lease_s: float = option(60.0, "seconds after which an idle session loses its KV")
+    journal: int | None = option(
+        None,
+        'memory for what was sent on, kept to replace a lost stage, as "512MB" (default: that, or '
+        "an eighth of what is free)",
+        parse=byte_size,
+    )
     drain_s: float = option(25.0, "seconds that running sessions get to end after SIGTERM")
 
     def __post_init__(self) -> None:
@@ -132,6 +149,8 @@ class PeerConfig(ListenConfig):
             raise UsageError(f"unknown dtype {self.dtype!r}", remedy=f"use {', '.join(DTYPES)}")
         if self.kv_tokens < 16:
             raise UsageError("kv_tokens is at least 16")
+        if self.journal is not None and not 0 <= self.journal < 1 << 50:
+            raise UsageError("a journal has 0 bytes or more")
         if not 1 <= self.lease_s <= 86400 or not 0 <= self.drain_s <= 3600:
             raise UsageError("lease_s is within 1-86400 and drain_s within 0-3600")
 
@@ -143,6 +162,13 @@ class ClientConfig(NetworkConfig):
     model: str = option(DEFAULT_MODEL, "Hub id, folder of safetensors, or GGUF file")
     connect_s: float = option(8.0, "seconds to wait for a peer to answer a new session")
     silence_s: float = option(8.0, "seconds without a sign of life after which a peer is lost")
+    repair_s: float = option(30.0, "seconds to find others when peers of an answer are lost")
+    patience_s: float = option(30.0, "seconds to wait for room where all peers are full")
+
+    def __post_init__(self) -> None:
+        for name in ("connect_s", "silence_s", "repair_s", "patience_s"):
+            if not 0 <= getattr(self, name) <= 86400:
+                raise UsageError(f"{name} is within 0-86400")
 
 
 def add_flags(parser: argparse.ArgumentParser, config: type) -> None:

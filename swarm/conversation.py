@@ -15,7 +15,7 @@ import contextlib
 import itertools
 import statistics
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from hexswarm.errors import HexswarmError, SessionClosed
@@ -25,6 +25,7 @@ from hexswarm.router.explain import Budget
 from hexswarm.runtime import OpenSession
 from hexswarm.session import Emit, Turn
 from hexswarm.tokenizer import TextStream
+from hexswarm.trace import Repair
 
 if TYPE_CHECKING:
     from hexswarm.client import AsyncClient
@@ -59,7 +60,9 @@ class Completion:
     """Median seconds per token as the ring gave them, however slowly they were taken; None if there
     were fewer than eight, or all came in one read."""
     predicted: Budget | None = None
-    """What the router had predicted, hop by hop."""
+    """What the router had predicted, hop by hop, for the route at the end."""
+    mends: tuple[Repair, ...] = ()
+    """Peers that were lost or left on the way, and who took over."""
 
     def __str__(self) -> str:
         return self.text
@@ -146,7 +149,7 @@ class Conversation:
         meter = Meter(clock.monotonic())
         sampling = options.sampling()
         await client.start()
-        ids = client.encode(prompt)
+        ids = await client.ids(prompt)
         client.check_context(len(ids), options.max_new_tokens)
         session, position = await self._ready(ids, options)
         stops = client.tokenizer.stop_ids
@@ -159,10 +162,12 @@ class Conversation:
             history=tuple(ids),
         )
         text = TextStream(client.tokenizer, stop=options.stops)
-        session.generate(turn)
+        mends: tuple[Repair, ...] = ()
         try:
+            client._mender.begin(session, self._plan, turn)
+            session.generate(turn)
             while not meter.finish:
-                event = await client._next(session)
+                event = await session.wait()
                 if not isinstance(event, Emit) or event.token is None:
                     continue
                 meter.token(event.token, event.arrived_s, clock.monotonic())
@@ -178,8 +183,8 @@ class Conversation:
                 meter.pieces.append(rest)
                 yield rest
         finally:
-            self._settle(session)
-        completion = self._complete(session, len(ids), position, meter)
+            mends = self._settle(session)
+        completion = replace(self._complete(session, len(ids), position, meter), mends=mends)
         client._after(session, self._plan, completion)
         yield completion
 
@@ -228,13 +233,17 @@ class Conversation:
             getattr(asked, name) == value for name, value in options.request().items()
         )
 
-    def _settle(self, session: OpenSession) -> None:
+    def _settle(self, session: OpenSession) -> tuple[Repair, ...]:
         """After a turn: stop what still runs; a failed session is of no further use."""
+        mends: tuple[Repair, ...] = ()
+        if (kept := self._client._mender.end(session)) is not None:
+            self._plan, mends = kept
         if session.machine.running:
             session.cancel()
         if session.machine.failed is not None:
             session.close()
             self._session = None
+        return mends
 
 
 class Meter:

@@ -15,7 +15,7 @@ from typing import Any
 from hexswarm.errors import NoRoute
 from hexswarm.records import PeerId, Route, RouteRequest
 from hexswarm.router.explain import Budget, Explanation
-from hexswarm.trace import HopTrace, SessionTrace, Shares
+from hexswarm.trace import HopTrace, Place, Repair, SessionTrace, Shares
 
 PARTS = ("compute", "queue", "link", "serialise")
 SIGNIFICANT = 0.05
@@ -182,7 +182,21 @@ def trace_text(trace: SessionTrace) -> str:
             *_law(trace),
             f"first token {_ms(trace.predicted_ttft_s)} > {_ms(trace.ttft_s)} ms",
             verdict(trace),
+            *map(repair_text, trace.repairs),
         ]
+    )
+
+
+def repair_text(repair: Repair) -> str:
+    """Who was lost and who took over, in one line."""
+
+    def places(items: Sequence[Place], what: str) -> str:
+        named = (f"{_short(p.peer)} (layers {p.span.first}-{p.span.end - 1})" for p in items)
+        return f"{what}{'s' if len(items) > 1 else ''} {', '.join(named)}"
+
+    return (
+        f"{places(repair.lost, 'peer')}: {repair.why}; {places(repair.by, 'peer')} took over "
+        f"after {repair.stall_s:.1f} s"
     )
 
 

@@ -10,11 +10,18 @@ Under a limit on the time per token each stage is asked to promise its part of i
 promised to others. A refusal tells the stage's load. So before a request is given up those that
 said slow are asked once more: by what is known now, other stages may have time to spare for them.
 What remains is NoRoute, with the time per token that can be had.
+
+Where all are full, or the only peers of some layers are about to leave or were lost a moment ago,
+a person would try again, so the opener does: after the time that the refusal names, and as long as
+`patience_s` lasts. A limit that nobody can promise is no such case: waiting is not what was asked
+for. Nor is a swarm that never had the layers.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import random
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -25,10 +32,16 @@ from hexswarm.planning import Plan, Planner
 from hexswarm.records import PeerId, Route, RouteRequest
 from hexswarm.runtime import OpenSession, SessionRuntime
 
+log = logging.getLogger(__name__)
+
 ATTEMPTS = 4
 """Routes that may refuse one session before the last refusal is the answer."""
 SEARCH_S = 20.0
 """So long dead peers, which the directory names for another minute or two, are passed over."""
+LONGEST_WAIT_S = 5.0
+"""However late a refusal says that it is worth asking again."""
+SOON_S = 1.0
+"""When to ask again if nobody said when."""
 
 
 class _Said:
@@ -69,8 +82,13 @@ class Opener:
         member: Membership,
         runtime: SessionRuntime,
         clock: Clock,
+        rng: random.Random,
+        *,
+        patience_s: float,
     ) -> None:
         self._planner = planner
+        self._rng = rng
+        self._patience_s = patience_s
         self._member = member
         self._runtime = runtime
         self._clock = clock
@@ -78,10 +96,63 @@ class Opener:
     async def open(
         self, request: RouteRequest, connect_s: float, *, client_loop: bool = False
     ) -> tuple[OpenSession, Plan]:
-        """A session for `request` and the plan that it follows.
+        """A session for `request` and the plan that it follows; waits for room if need be.
 
         Raises NoRoute; Refused or PeerLost: the last refusal, once others have been tried.
         """
+        give_up_s = self._clock.monotonic() + self._patience_s
+        why: HexswarmError | None = None
+        level = logging.WARNING
+        while True:
+            try:
+                return await self._open(request, connect_s, client_loop)
+            except (NoRoute, Refused, PeerLost) as error:
+                # That nobody is left to ask says less than what the last one said.
+                why = why if why is not None and isinstance(error, NoRoute) else error
+                wait_s = self._again_s(request, error)
+            if wait_s is None or self._clock.monotonic() + wait_s >= give_up_s:
+                raise why
+            log.log(level, "%s; trying again in %.1f s", why.cause, wait_s)
+            level = logging.INFO  # one word to whoever waits is enough
+            await asyncio.sleep(wait_s)
+            await self._look_again(request)
+
+    def _again_s(self, request: RouteRequest, error: NoRoute | Refused | PeerLost) -> float | None:
+        """When it is worth trying again; None if it is not."""
+        if isinstance(error, Refused):
+            if error.code not in ("full", "busy", "draining"):
+                return None
+            if error.code == "full" and not self._planner.roomy(request):
+                return None
+            again_s = error.retry_s or SOON_S
+        elif isinstance(error, NoRoute) and error.binding == "kv":
+            again_s = SOON_S
+            if not self._planner.roomy(request):
+                return None
+        elif isinstance(error, PeerLost) or error.binding in ("coverage", "state"):
+            again_s = SOON_S
+            if self._clock.monotonic() - self._planner.lost_s > self._patience_s:
+                return None
+        else:
+            return None
+        return min(LONGEST_WAIT_S, again_s) * self._rng.uniform(0.8, 1.2)  # not all at once
+
+    async def _look_again(self, request: RouteRequest) -> None:
+        """Suppose that those who were full have room by now, and hear who has come.
+
+        They correct us if not; what they said is too old to keep us from asking.
+        """
+        now = self._clock.monotonic()
+        for peer, (_, load) in list(self._runtime.loads.items()):
+            if load.free_kv_tokens < request.kv_tokens:
+                guess = replace(load, free_kv_tokens=request.kv_tokens)
+                self._runtime.loads[peer] = now, guess
+        await self._member.refresh(request.model)
+
+    async def _open(
+        self, request: RouteRequest, connect_s: float, client_loop: bool
+    ) -> tuple[OpenSession, Plan]:
+        """The same once."""
         said, plan = _Said(), None
         give_up_s = self._clock.monotonic() + SEARCH_S
         while said.refusals < ATTEMPTS and self._clock.monotonic() < give_up_s:
@@ -157,9 +228,13 @@ class Opener:
             raise
 
     def forget_lost(self, error: Exception) -> None:
-        """A peer that was seen dead is not used again until it announces itself anew."""
+        """A peer that was seen dead is not used again until it announces itself anew.
+
+        If our own link to it lives, somebody else said so: that is not held against it.
+        """
         if isinstance(error, PeerLost):
-            self._member.directory.forget(PeerId(error.peer))
+            peer = PeerId(error.peer)
+            self._planner.failed(peer, blameless=self._member.links.connected(peer))
 
 
 def not_promised(

@@ -8,6 +8,12 @@ best routes are known. A way that cannot be measured counts as very long for a m
 route keeps the limits, the ways of the best ones are measured too, so that the latency which the
 error calls achievable is one.
 
+Peers that failed lately are done without where that is possible (`hexswarm.bans`): first the
+banned and, by lot, those on probation, then the banned alone, and if there is no route without them
+they are used. Those just seen dead are not in the directory until they announce themselves anew.
+The route of a running session that lost stages is changed as little as possible (`replan`,
+`hexswarm.holes`); that is measured only briefly, since every moment of it is a gap in the answer.
+
 Rejected: a default length for unknown ways. Too long, it hides the best route for ever, because
 nobody measures what nobody uses; too short, a request with a limit ends up on a route that breaks
 it.
@@ -18,16 +24,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hexswarm.bans import Bans
 from hexswarm.clock import Clock
 from hexswarm.errors import HexswarmError, NoRoute
+from hexswarm.holes import fill
 from hexswarm.membership import Membership
 from hexswarm.options import Wishes
-from hexswarm.records import Coordinates, Link, ModelSpec, PeerId, Route, RouteRequest
+from hexswarm.records import (
+    Coordinates,
+    Link,
+    ModelSpec,
+    PeerId,
+    Route,
+    RouteRequest,
+    uncovered,
+)
 from hexswarm.router import vivaldi
 from hexswarm.router.cost import budgets
 from hexswarm.router.experience import Experience
@@ -43,6 +60,8 @@ ROUNDS = 4
 """Of measuring and choosing again; then the best route is taken with what is known."""
 MEASURE_S = 3.0
 """One round of measuring: a dial and three round trips of the longest ways on earth."""
+REPAIR_MEASURE_S = 0.3
+"""The same for the route of an answer that stands still; what is not known then is not awaited."""
 JUST_ABOVE = 1.01
 """Limits of the routes that come next to the best achievable."""
 SPREAD = 0.1
@@ -84,6 +103,9 @@ class Planner:
         self, member: Membership, runtime: SessionRuntime, clock: Clock, rng: random.Random
     ) -> None:
         self.experience = Experience()
+        self.bans = Bans()
+        self.lost_s = -math.inf
+        """When a peer was last found dead, or of no use."""
         self.spread = SPREAD
         self.coordinates: Coordinates | None = None
         self._member = member
@@ -156,12 +178,85 @@ class Planner:
         """
         await self._wait_for_place()
         try:
-            return await self._plan(request)
+            return await self._avoiding(request)
         except NoRoute:
             if once:
                 raise
             await self._member.refresh(request.model)  # a peer may have come since
-            return await self._plan(request)
+            return await self._avoiding(request)
+
+    async def _avoiding(self, request: RouteRequest) -> Plan:
+        """The best route of peers that did not fail lately; if there is none, of all."""
+        for avoided in self._avoided():
+            with contextlib.suppress(NoRoute):
+                plan = await self._plan(replace(request, deny=request.deny | avoided))
+                return replace(plan, request=request)
+        return await self._plan(request)
+
+    def _avoided(self) -> Iterator[frozenset[PeerId]]:
+        """Whom to try to do without, from many to few."""
+        now = self._clock.monotonic()
+        drawn, banned = self.bans.draw(now, self._rng), self.bans.banned(now)
+        if drawn:
+            yield drawn
+        if banned and banned != drawn:
+            yield banned
+
+    async def replan(
+        self,
+        plan: Plan,
+        gone: frozenset[PeerId],
+        known: int,
+        left: int,
+        deny: frozenset[PeerId],
+    ) -> Plan:
+        """The route of a running session without the peers in `gone`, otherwise as it is if that
+        can be: `known` tokens are to be replayed and at most `left` to come.
+
+        Peers in `deny` do not come in. If no route keeps the request's limits, the plan's
+        request has none. Raises NoRoute.
+        """
+        request = replace(
+            plan.request,
+            prompt_tokens=known,
+            new_tokens=max(left, 0),
+            ttft_s=None,
+            previous=None,
+            warm=frozenset(self._member.links.peers()),
+        )
+        for avoided in (*self._avoided(), frozenset[PeerId]()):
+            asked = replace(request, deny=request.deny | deny | avoided)
+            try:
+                view, route, kept = await self._fill(plan, asked, gone)
+            except NoRoute:
+                if not avoided:
+                    raise
+            else:
+                return Plan(view, replace(plan.request, tpot_s=kept.tpot_s), route)
+        raise AssertionError("the last try raises")
+
+    async def _fill(
+        self, plan: Plan, request: RouteRequest, gone: frozenset[PeerId]
+    ) -> tuple[Snapshot, Route, RouteRequest]:
+        now = self._clock.monotonic()
+        view, asked = self._going_on(plan, request)
+        route, kept = fill(view, asked, plan.route, gone, now, self._rng)
+        if route.unmeasured:
+            await self._measure(view, request.model, route.unmeasured, REPAIR_MEASURE_S)
+            view, asked = self._going_on(plan, request)  # others may have gone meanwhile
+            route, kept = fill(view, asked, plan.route, gone, now, self._rng)
+        return view, route, kept
+
+    def _going_on(self, plan: Plan, request: RouteRequest) -> tuple[Snapshot, RouteRequest]:
+        """The swarm as known now, with peers of the plan that the directory lost as they were.
+
+        Whoever is in the route but not in the directory can go on, if it is well, not begin.
+        """
+        view, model = self.snapshot(), plan.request.model
+        away = frozenset(_peers(plan.route)) - view.columns(model).index.keys()
+        for peer in away:
+            view = view.updated(plan.snapshot.announcement(model, peer), self._clock.wall())
+        return view, replace(request, deny=request.deny | away)
 
     async def _plan(self, request: RouteRequest) -> Plan:
         for left in reversed(range(ROUNDS + 1)):
@@ -207,6 +302,12 @@ class Planner:
         view = self.snapshot()
         return view, explain(view, request, self._clock.monotonic(), self._rng)
 
+    def roomy(self, request: RouteRequest) -> bool:
+        """Could all layers hold the request's KV, if nobody else were there?"""
+        items = self.snapshot().of_model(request.model)
+        large = [a.span for a in items if a.serving and not 0 < a.kv_tokens < request.kv_tokens]
+        return not uncovered(large, request.layers)
+
     def _loads(self) -> Heard:
         return self._leases.corrected(self._runtime.loads)
 
@@ -229,21 +330,30 @@ class Planner:
 
     # --- measuring --------------------------------------------------------------------------
 
-    async def _measure(self, view: Snapshot, model: str, pairs: Iterable[Pair]) -> None:
+    async def _measure(
+        self, view: Snapshot, model: str, pairs: Iterable[Pair], within_s: float = MEASURE_S
+    ) -> None:
         """Measure these ways now, all at once, and remember what came of it."""
         async with asyncio.TaskGroup() as group:
-            tasks = {pair: group.create_task(self._way(view, model, *pair)) for pair in {*pairs}}
+            tasks = {
+                pair: group.create_task(self._way(view, model, *pair, within_s))
+                for pair in sorted({*pairs})
+            }
         now = self._clock.monotonic()
         for pair, task in tasks.items():
-            self._view.told.remember(pair, task.result(), now)
+            way = task.result()
+            if way is not None or within_s >= MEASURE_S:  # in haste, no answer says little
+                self._view.told.remember(pair, way, now)
 
-    async def _way(self, view: Snapshot, model: str, a: PeerId, b: PeerId) -> Link | None:
+    async def _way(
+        self, view: Snapshot, model: str, a: PeerId, b: PeerId, within_s: float
+    ) -> Link | None:
         local, links = self._member.transport.local, self._member.links
         if b == local:
             a, b = b, a
         to = view.announcement(model, b).addresses
         try:
-            async with asyncio.timeout(MEASURE_S):
+            async with asyncio.timeout(within_s):
                 if a == local:
                     return await links.measure(b, to)
                 await links.connect(a, view.announcement(model, a).addresses)
@@ -253,6 +363,17 @@ class Planner:
             return None
 
     # --- learning ---------------------------------------------------------------------------
+
+    def failed(self, peer: PeerId, *, blameless: bool = False) -> None:
+        """This peer is dead or of no use: it is not in the swarm until it announces itself anew.
+
+        It is no strike against it if that is hearsay, or it had said that it would go.
+        """
+        self.lost_s = self._clock.monotonic()
+        self._member.directory.forget(peer)
+        self.leave([peer])
+        if not blameless:
+            self.bans.strike(peer, self.lost_s, self._rng)
 
     def announced(self, plan: Plan) -> dict[PeerId, float]:
         """Compute seconds per token of the route's peers, without what experience had added."""
@@ -280,3 +401,7 @@ class Planner:
 def without_habits(request: RouteRequest) -> RouteRequest:
     """The same request of a client that has no last route and draws no lots: for dry runs."""
     return replace(request, spread=0.0, previous=None)
+
+
+def _peers(route: Route) -> list[PeerId]:
+    return [stage.peer for stage in route.stages]

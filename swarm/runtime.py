@@ -6,6 +6,11 @@ One `SessionRuntime` serves all sessions of a client over shared links. A sessio
 Every stage tells its load when it grants or refuses a lease. The runtime remembers the newest word
 of each peer in `loads`, whatever became of the session: that is fresher than any announcement, and
 what a refusal teaches is worth most.
+
+A running turn that loses a stage stands still until it gets another route. Which one is nobody's
+business here: `on_broken` is told, and calls `OpenSession.reroute` or `give_up` when it has found
+out. Without such a listener the session fails with the first loss. Its caller sees a longer wait.
+A dial that hangs does not fail by itself: whoever repairs has a deadline, and calls `suspect`.
 """
 
 from __future__ import annotations
@@ -14,26 +19,30 @@ import asyncio
 import contextlib
 import os
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from hexswarm.clock import Clock, RealClock
 from hexswarm.errors import HexswarmError, PeerLost
-from hexswarm.links import BULK, STEP, Links, Outgoing
-from hexswarm.messages import Opened, Refuse, Traced
-from hexswarm.records import Load, PeerId, Route
-from hexswarm.session import (
+from hexswarm.instructions import (
+    Broken,
     Connect,
+    Draining,
     Emit,
     EmitLogits,
+    EmitProgress,
     EmitTraces,
     Fail,
     Instruction,
+    Mended,
     Ready,
     Send,
-    Session,
     Turn,
 )
+from hexswarm.links import BULK, STEP, Links, Outgoing
+from hexswarm.messages import Close, Opened, Progress, Refuse, Traced
+from hexswarm.records import Load, PeerId, Route
+from hexswarm.session import Session
 from hexswarm.wire import Frame
 
 Event = Emit | EmitLogits | Ready
@@ -53,6 +62,10 @@ class OpenSession:
         self._runtime = runtime
         self._traced = asyncio.Event()
         self._tracing = asyncio.Lock()
+        self._told = asyncio.Event()
+        self._asking = asyncio.Lock()
+        self._followed: Route | None = None
+        """The route on whose peers it depends; None: it has ended."""
 
     @property
     def name(self) -> str:
@@ -110,6 +123,31 @@ class OpenSession:
                     await self._traced.wait()
         return dict(self.machine.traced)
 
+    async def progress(self, timeout_s: float) -> dict[PeerId, Progress]:
+        """How far the stages are, without those that are broken or do not tell in time."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s), self._asking:
+                self._told.clear()
+                self._runtime.carry_out(self, self.machine.ask_progress())
+                if self.machine.failed is None:
+                    await self._told.wait()
+        return dict(self.machine.progress)
+
+    def suspect(self, peer: PeerId, error: HexswarmError) -> None:
+        """Do without a stage of the running turn, as if its link were lost."""
+        self._runtime.carry_out(self, self.machine.suspect(peer, error))
+
+    def reroute(self, route: Route, budgets: Sequence[float] = ()) -> None:
+        """Let the running turn go on along `route`; `SessionRuntime.on_mended` tells when it does.
+
+        Raises LocalProtocolError if the route is not for this session, or no turn runs.
+        """
+        self._runtime.carry_out(self, self.machine.reroute(route, budgets))
+
+    def give_up(self, error: HexswarmError) -> None:
+        """No other route can be had: whoever waits for an event gets `error`."""
+        self._runtime.carry_out(self, self.machine.give_up(error))
+
     def close(self) -> None:
         self._runtime.close(self)
 
@@ -135,6 +173,12 @@ class SessionRuntime:
         self._held: weakref.WeakValueDictionary[bytes, OpenSession] = weakref.WeakValueDictionary()
         """Also those that ended, while their caller has them: refusals may still come in."""
         self._dials: set[asyncio.Task[None]] = set()
+        self.on_broken: Callable[[OpenSession], None] | None = None
+        """A running turn stands still: see `Session.broken`. None: it fails."""
+        self.on_draining: Callable[[OpenSession, PeerId, float], None] | None = None
+        """A stage of a running turn exits in so many seconds."""
+        self.on_mended: Callable[[OpenSession], None] | None = None
+        """A turn goes on, along `OpenSession.route`."""
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -156,8 +200,6 @@ class SessionRuntime:
         machine = Session(key, route, digest, kv_tokens, client_loop=client_loop, budgets=budgets)
         session = OpenSession(self, machine)
         self._sessions[machine.key] = self._held[machine.key] = session
-        for stage in route.stages:
-            self.links.watch(stage.peer)
         self.carry_out(session, machine.start())
         return session
 
@@ -172,8 +214,15 @@ class SessionRuntime:
     def _release(self, session: OpenSession) -> None:
         """A session is over, whoever ended it: depend on its peers no more."""
         if self._sessions.pop(session.machine.key, None) is not None:
-            for stage in session.route.stages:
-                self.links.unwatch(stage.peer)
+            self._follow(session, None)
+
+    def _follow(self, session: OpenSession, route: Route | None) -> None:
+        """Watch the peers on which a session depends from now on, and no others."""
+        before, session._followed = session._followed, route
+        for stage in route.stages if route is not None else ():
+            self.links.watch(stage.peer)
+        for stage in before.stages if before is not None else ():
+            self.links.unwatch(stage.peer)
 
     def close_all(self) -> None:
         for session in list(self._sessions.values()):
@@ -203,7 +252,10 @@ class SessionRuntime:
             self.carry_out(session, session.machine.on_lost(peer, how))
 
     def carry_out(self, session: OpenSession, instructions: Iterable[Instruction]) -> None:
+        if session.route is not session._followed and session.machine.key in self._sessions:
+            self._follow(session, session.route)
         sends: dict[tuple[PeerId, int], list[Outgoing]] = {}
+        news: list[Broken | Draining | Mended] = []
         for instruction in instructions:
             match instruction:
                 case Send(peer=peer, message=message, payload=payload, bulk=bulk):
@@ -212,28 +264,65 @@ class SessionRuntime:
                     task = asyncio.create_task(self._connect(session, instruction))
                     self._dials.add(task)
                     task.add_done_callback(self._dials.discard)
-                case Emit():
-                    arrived = replace(instruction, arrived_s=self._clock.monotonic())
-                    session.events.put_nowait(arrived)
-                case EmitLogits() | Ready() | Fail():
-                    session.events.put_nowait(instruction)
-                    if isinstance(instruction, Fail):
-                        session._traced.set()
-                        self._release(session)
-                case EmitTraces():
-                    session._traced.set()
+                case Broken() | Draining() | Mended():
+                    news.append(instruction)
+                case _:
+                    self._tell(session, instruction)
         for (peer, lane), outgoing in sends.items():
-            sent = self.links.send(peer, outgoing, lane)
-            if not sent and session.machine.failed is None:
-                self.carry_out(session, session.machine.on_lost(peer, "is not connected"))
+            self._send(session, peer, outgoing, lane)
+        for item in news:  # at last, since who hears them gives new instructions
+            self._announce(session, item)
+
+    def _tell(self, session: OpenSession, event: Event | EmitTraces | EmitProgress | Fail) -> None:
+        """What the session's caller waits for."""
+        match event:
+            case Emit():
+                session.events.put_nowait(replace(event, arrived_s=self._clock.monotonic()))
+            case EmitTraces():
+                session._traced.set()
+            case EmitProgress():
+                session._told.set()
+            case Fail():
+                session.events.put_nowait(event)
+                session._traced.set()
+                session._told.set()
+                self._release(session)
+            case _:
+                session.events.put_nowait(event)
+
+    def _send(
+        self, session: OpenSession, peer: PeerId, outgoing: list[Outgoing], lane: int
+    ) -> None:
+        sent = self.links.send(peer, outgoing, lane)
+        if sent or all(isinstance(message, Close) for message, _ in outgoing):
+            return  # whoever cannot be told of the end has missed its client already
+        if session.machine.failed is None:
+            self.carry_out(session, session.machine.on_lost(peer, "is not connected"))
+
+    def _announce(self, session: OpenSession, news: Broken | Draining | Mended) -> None:
+        """Tell whoever plans routes, if it is still true."""
+        machine = session.machine
+        if machine.failed is not None:
+            return
+        match news:
+            case Broken() if self.on_broken is None:
+                errors = machine.broken.values()
+                self.carry_out(session, machine.give_up(next(iter(errors))) if errors else [])
+            case Broken() if machine.broken and self.on_broken is not None:
+                self.on_broken(session)
+            case Draining(peer=peer, exit_s=exit_s) if self.on_draining is not None:
+                self.on_draining(session, peer, exit_s)
+            case Mended(epoch=epoch) if self.on_mended is not None and epoch == machine.epoch:
+                self.on_mended(session)
 
     async def _connect(self, session: OpenSession, wish: Connect) -> None:
-        stage = wish.stage
+        stage, machine = wish.stage, session.machine
         try:
             await self.links.connect(stage.peer, stage.addresses)
         except HexswarmError as error:
-            how = error.how if isinstance(error, PeerLost) else error.cause
-            self.carry_out(session, session.machine.on_lost(stage.peer, how))
+            if wish.message.epoch == machine.epoch:  # else another route was taken meanwhile
+                how = error.how if isinstance(error, PeerLost) else error.cause
+                self.carry_out(session, machine.on_lost(stage.peer, how))
             return
-        if session.machine.failed is None:
+        if machine.failed is None and wish.message.epoch == machine.epoch:
             self.carry_out(session, [Send(stage.peer, wish.message)])

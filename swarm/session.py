@@ -1,7 +1,10 @@
 """One session's life on the client's side, as a state machine: events in, instructions out.
 
     opening ──all stages say Opened──▶ idle ──generate──▶ running ──last token──▶ idle ─▶ closed
-       └── Refuse, lost peer ─────────────────────────────────┴──────────▶ failed
+       └── Refuse, lost peer ───────────┴──────▶ failed    │   ▲
+                                               ▲        Broken Mended
+                                               │           ▼   │
+                                               └─give_up─ broken ──reroute──▶ rewiring
 
 A session is a route plus KV at each of its stages. A *turn* sends token ids to the head, tells the
 tail how to choose, and then only listens: the ring feeds itself. Several turns reuse the KV; a
@@ -15,17 +18,34 @@ would hear of a long prompt only when those before it have computed some of it. 
 ends the session: waiting for what the others say would cost time and no route would come of it.
 Refusals that cross it on the way are remembered in `refusing`, so that the next route avoids all.
 
+*A loss in a running turn* does not end it. The machine says `Broken` and stands still until its
+owner gives it another route (`reroute`) or gives up. With the route the epoch rises: every stage
+gets a new `Open`. Those that stay are rewired and keep their KV and journal, newcomers lease KV,
+and whoever left gets a `Close`. Each says how far it is, `hexswarm.resume` plans from that where
+each goes on, and the head gets the ids that it lacks. More losses meanwhile (the replacement dies,
+too) only say `Broken` again. Stages that are well may be replaced in the same way (`reroute` with
+nobody broken): one that drains, one that is slow; also a peer that shall serve another span of the
+new route, which then begins anew.
+
+No token is told twice or left out, for each is taken only at the position that comes next. A tail
+that stays may have sent some before it heard of the new epoch: they precede its `Opened` on the
+same lane and count; what an abandoned tail sends does not. A tail may also repeat an answer, if the
+network repeated the question: it is passed over. If the turn ends during a repair (its last token
+was under way, or the caller cancels), the session ends with it, as a loss between turns ends it:
+there is nothing to continue, and the next turn opens a new one.
+
+What may be our own fault (an engine that fails on our input) breaks the stage once; if it meets
+another peer at the same position it fails the session.
+
 Nothing here reads a clock, opens a stream or knows asyncio: `swarm/runtime.py` carries the
 instructions out, the simulator runs the same class on virtual time.
 """
 
 from __future__ import annotations
 
-import array
-import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
+from hexswarm import blame, orders
 from hexswarm.errors import (
     HexswarmError,
     LocalProtocolError,
@@ -34,98 +54,43 @@ from hexswarm.errors import (
     RemoteProtocolError,
     SessionClosed,
 )
+from hexswarm.instructions import Broken as Broken
+from hexswarm.instructions import Connect as Connect
+from hexswarm.instructions import Draining as Draining
+from hexswarm.instructions import Emit as Emit
+from hexswarm.instructions import EmitLogits as EmitLogits
+from hexswarm.instructions import EmitProgress as EmitProgress
+from hexswarm.instructions import EmitTraces as EmitTraces
+from hexswarm.instructions import Fail as Fail
+from hexswarm.instructions import Instruction as Instruction
+from hexswarm.instructions import Mend as Mend
+from hexswarm.instructions import Mended as Mended
+from hexswarm.instructions import Ready as Ready
+from hexswarm.instructions import Send as Send
+from hexswarm.instructions import Turn as Turn
 from hexswarm.messages import (
+    AskProgress,
     Cancel,
     Close,
     Failed,
-    Generate,
     GoAway,
     Logits,
-    Message,
     Open,
     Opened,
+    Progress,
     Refuse,
+    Resume,
     Token,
-    Tokens,
     Trace,
     Traced,
 )
-from hexswarm.records import PeerId, Route, Sampling, Stage
+from hexswarm.orders import ids_to_bytes as ids_to_bytes
+from hexswarm.records import PeerId, Route, Stage
+from hexswarm.resume import Held, Known
 from hexswarm.wire import Frame
 
-PROMPT_FRAME_TOKENS = 1 << 16
-"""Ids in one frame of a long prompt: 256 KiB."""
-
-
-# --- instructions -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Connect:
-    """Have a link to the stage's peer, watch it, then send `message` (its Open)."""
-
-    stage: Stage
-    message: Open
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    peer: PeerId
-    message: Message
-    payload: bytes = b""
-    bulk: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """All stages hold their lease."""
-
-
-@dataclass(frozen=True, slots=True)
-class Emit:
-    """A token of the running turn; `finish` is "", "stop", "length" or "cancelled"."""
-
-    token: int | None
-    position: int
-    finish: str
-    arrived_s: float = 0.0
-    """When it came (monotonic time), however late it is taken; set by whoever has a clock."""
-
-
-@dataclass(frozen=True, slots=True)
-class EmitLogits:
-    """Float32 logits for `position`, little-endian."""
-
-    data: bytes
-    position: int
-
-
-@dataclass(frozen=True, slots=True)
-class EmitTraces:
-    """Every stage has answered `trace`: see `Session.traced`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Fail:
-    """The session is over; `error` says why."""
-
-    error: HexswarmError
-
-
-Instruction = Connect | Send | Ready | Emit | EmitLogits | EmitTraces | Fail
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """What one turn asks for: ids to add from `position` on, and how to answer."""
-
-    position: int
-    ids: tuple[int, ...]
-    max_new: int
-    sampling: Sampling
-    stop_ids: tuple[int, ...]
-    history: tuple[int, ...] = ()
-    """All ids so far; sent to the tail only if a repetition penalty needs them."""
+_DOUBTFUL = ("engine", "input")
+"""Failures that may come from what we sent."""
 
 
 class Session:
@@ -145,13 +110,9 @@ class Session:
         self.key = key
         self.route = route
         self.kv_tokens = kv_tokens
-        self.cached: list[int] = []
-        """Ids whose KV every stage is known to hold, once no turn runs."""
         self.epoch = 0
         self.turn = -1
         self.running = False
-        self.leaving = False
-        """A stage drains: the session ends when no turn runs."""
         self.failed: HexswarmError | None = None
         self.refusing: set[PeerId] = set()
         """Peers that refused the session or could not be reached for it, also after it failed."""
@@ -159,15 +120,31 @@ class Session:
         """Those of them that cannot promise what was asked, and would for a looser limit."""
         self.traced: dict[PeerId, Traced] = {}
         """What the stages have answered to the last `trace`."""
+        self.progress: dict[PeerId, Progress] = {}
+        """What the stages have answered to the last `ask_progress`."""
+        self.broken: dict[PeerId, HexswarmError] = {}
+        """Stages of the running turn without which it must go on, and why."""
+        self.mending = False
+        """Since a loss, or a `reroute` without one, until the stages have been told to go on."""
+        self.mends: tuple[Mend, ...] = ()
         self._digest = digest
         self._client_loop = client_loop
         self._budgets = tuple(budgets) or (0.0,) * len(route.stages)
-        self._traces = 0
-        self._granted: set[PeerId] = set()
+        self._traces = self._questions = 0
+        self._granted: dict[PeerId, Held] = {}
         self._was_open = False
-        self._expected_position = 0
-        self._sure = 0
-        """So many of `cached` are computed everywhere: the tail has answered them."""
+        self._draining: set[PeerId] = set()
+        self._turn: Turn
+        """The one that runs, or ran last."""
+        self.awaited = False
+        """Client loop: the logits behind `cached` have not come yet."""
+        self._known = Known()
+        self._lost: list[PeerId] = []
+        """Whom the repair in progress replaces."""
+        self._tail_since = 0
+        """The epoch in which the tail joined."""
+        self._doubt: tuple[int, PeerId, int] | None = None
+        """Position, peer and epoch of the last failure that may have come from what we sent."""
 
     @property
     def name(self) -> str:
@@ -175,8 +152,18 @@ class Session:
         return self.key[:4].hex()
 
     @property
+    def cached(self) -> list[int]:
+        """Ids whose KV every stage is known to hold, once no turn runs."""
+        return self._known.ids
+
+    @property
     def open(self) -> bool:
         return self.failed is None and len(self._granted) == len(self.route.stages)
+
+    @property
+    def leaving(self) -> bool:
+        """A stage drains: the session ends when no turn runs."""
+        return bool(self._draining)
 
     @property
     def silent(self) -> list[Stage]:
@@ -188,14 +175,14 @@ class Session:
     def start(self) -> list[Instruction]:
         """Open all stages at once."""
         self._granted.clear()
-        return [Connect(stage, self._opening(index)) for index, stage in self._stages()]
+        return [Connect(stage, message) for stage, message in self._openings()]
 
     def extend(self, kv_tokens: int) -> list[Instruction]:
         """Ask all stages for a longer lease; `Ready` tells when they have granted it."""
         self._check_idle()
         self.kv_tokens = kv_tokens
         self._granted.clear()
-        return [Send(stage.peer, self._opening(index)) for index, stage in self._stages()]
+        return [Send(stage.peer, message) for stage, message in self._openings()]
 
     def generate(self, turn: Turn) -> list[Instruction]:
         """Begin a turn. The caller made sure that the lease is long enough."""
@@ -203,40 +190,38 @@ class Session:
         if not turn.ids or turn.position > len(self.cached):
             raise LocalProtocolError("a turn adds tokens, right behind or inside what is cached")
         self.turn += 1
-        self.running = True
-        del self.cached[turn.position :]
-        self._sure = turn.position
-        self._expected_position = turn.position + len(turn.ids)
+        self.running = self.awaited = True
+        self._turn = turn
+        self._known.begin(turn.position, turn.ids)
         instructions: list[Instruction] = []
         if not self._client_loop:
-            instructions.append(self._policy(turn))
+            instructions.append(self._policy(turn.max_new, turn.history))
         if self.turn == 0:
-            instructions += self._commit(turn)
-        instructions += self._feed(turn.position, turn.ids)
-        self.cached += turn.ids
-        return instructions
+            instructions += self._commit()
+        return [*instructions, *self._feed(turn.position, turn.ids)]
 
     def feed(self, token: int) -> list[Instruction]:
         """Client loop: the chosen token; its logits come back."""
         if self.failed is not None:
             return []  # the listener learns from its next event
         position = len(self.cached)
-        self._expected_position = position + 1
-        instructions = self._feed(position, (token,))
         self.cached.append(token)
-        return instructions
+        self.awaited = True
+        if self.mending:
+            return []  # the head gets it when the stages go on
+        return [*self._feed(position, (token,))]
 
     def cancel(self) -> list[Instruction]:
         """End the running turn and keep the KV of what is known to be computed."""
         if not self.running or self.failed is not None:
             return []
         self.running = False
-        del self.cached[self._sure :]
+        self._known.cancel()
+        told = Emit(None, len(self.cached), "cancelled")
+        if self.mending:
+            return [told, *self._leave()]
         cancel = Cancel(self.key, self.epoch, self.turn)
-        return [
-            *(Send(stage.peer, cancel) for stage in self.route.stages),
-            Emit(None, len(self.cached), "cancelled"),
-        ]
+        return [*(Send(stage.peer, cancel) for stage in self.route.stages), told]
 
     def trace(self) -> list[Instruction]:
         """Ask all stages where the time of the last turn went."""
@@ -247,43 +232,83 @@ class Session:
         question = Trace(self.key, self.epoch, self._traces)
         return [Send(stage.peer, question) for stage in self.route.stages]
 
+    def ask_progress(self) -> list[Instruction]:
+        """Ask the stages that are not broken how far they are."""
+        self.progress = {}
+        self._questions += 1
+        if self.failed is not None:
+            return []
+        question = AskProgress(self.key, self.epoch, self._questions)
+        return [Send(peer, question) for peer in self._well()]
+
     def close(self) -> list[Instruction]:
         """Free everything at the stages."""
         self.failed = self.failed or SessionClosed("the session was closed")
-        self.running = False
+        self.running = self.mending = False
         return [Send(stage.peer, Close(self.key)) for stage in self.route.stages]
 
-    # --- what happens ----------------------------------------------------------------------------
+    # --- the wishes of whoever plans routes ------------------------------------------------------
 
-    def on_frames(self, peer: PeerId, frames: Iterable[Frame]) -> list[Instruction]:
-        return [made for frame in frames for made in self.on_frame(peer, frame)]
+    def suspect(self, peer: PeerId, error: HexswarmError) -> list[Instruction]:
+        """A stage of the running turn is to be done without, as if its link were lost."""
+        if not self.running or peer not in self._peers():
+            return []
+        return self._break(peer, error)
+
+    def reroute(self, route: Route, budgets: Sequence[float] = ()) -> list[Instruction]:
+        """Let the running turn go on along `route`.
+
+        Stages that stay (same peer, same span, not broken) keep what they have. A broken peer may
+        be in `route` again: it is asked what it still has. Raises LocalProtocolError if no turn
+        runs or `route` is not for this model.
+        """
+        if self.failed is not None:
+            return []  # the listener learns from its next event
+        self._check_reroute(route, budgets)
+        before = {stage.peer: stage.span for stage in self.route.stages}
+        same = {stage.peer for stage in route.stages if before.get(stage.peer) == stage.span}
+        kept = same - set(self.broken)
+        self._lost += [peer for peer in before if peer not in kept and peer not in self._lost]
+        self.epoch += 1
+        if route.tail.peer not in kept:
+            self._tail_since = self.epoch
+        self.route, self.mending = route, True
+        self._budgets = tuple(budgets) or (0.0,) * len(route.stages)
+        self._draining &= kept
+        self._granted.clear()
+        self.broken.clear()
+        made: list[Instruction] = [Send(p, Close(self.key)) for p in before if p not in same]
+        for stage, message in self._openings():
+            # A link to one that stays exists; if not, that is a loss and no reason to dial.
+            known = stage.peer in kept
+            made.append(Send(stage.peer, message) if known else Connect(stage, message))
+        return made
+
+    def give_up(self, error: HexswarmError) -> list[Instruction]:
+        """End the session because no other route can be had."""
+        return [] if self.failed is not None else self._fail(error)
+
+    # --- what happens ----------------------------------------------------------------------------
 
     def on_frame(self, peer: PeerId, frame: Frame) -> list[Instruction]:
         if peer not in self._peers():
             return []
         if isinstance(frame.message, Refuse) and frame.message.epoch == self.epoch:
-            self.refusing.add(self._blocking(peer, frame.message).peer)
+            self.refusing.add(blame.blocking(self.route, peer, frame.message).peer)
             if frame.message.code == "slow":
                 self.too_slow.add(peer)
-        if self.failed is not None:
+        if self.failed is not None or peer in self.broken:
             return []
         match frame.message:
-            case Opened() as message if message.epoch == self.epoch:
-                return self._on_opened(peer, message)
-            case Refuse() as message if message.epoch == self.epoch:
-                return self._fail(self._refused(peer, message))
-            case Token() as message if self._current(message) and peer == self.route.tail.peer:
-                return self._on_token(message)
-            case Logits() as message if self._current(message) and peer == self.route.tail.peer:
-                return self._on_logits(message, frame.payload)
-            case Failed() as message if message.epoch == self.epoch:
-                return self._fail(self._blame(peer, message))
-            case Traced() as message if (message.epoch, message.nonce) == self._asked:
-                self.traced[peer] = message
-                return [EmitTraces()] if len(self.traced) == len(self.route.stages) else []
-            case GoAway():
-                self.leaving = True
-                return self._leave() if self.open and not self.running else []
+            case Token() as message if self._current(peer, message):
+                return self._on_token(peer, message)
+            case Logits() as message if self._current(peer, message):
+                return self._on_logits(peer, message, frame.payload)
+            case GoAway(exit_s=exit_s):
+                return self._on_leaving(peer, exit_s)
+            case Opened() | Refuse() | Failed() | Traced() | Progress() as message:
+                if message.epoch == self.epoch:
+                    return self._on_answer(peer, message)
         return []
 
     def on_lost(self, peer: PeerId, how: str) -> list[Instruction]:
@@ -294,81 +319,57 @@ class Session:
             self.refusing.add(peer)
         if self.failed is not None:
             return []
-        return self._fail(PeerLost(peer, self._layers(peer), how))
+        return self._lose(peer, blame.lost(self.route, peer, how))
 
-    # --- inside --------------------------------------------------------------------------------
+    # --- inside: what is sent --------------------------------------------------------------------
 
-    def _stages(self) -> list[tuple[int, Stage]]:
-        return list(enumerate(self.route.stages))
+    def _peers(self) -> list[PeerId]:
+        return [stage.peer for stage in self.route.stages]
 
-    @property
-    def _asked(self) -> tuple[int, int]:
-        """Epoch and number of the last `trace`."""
-        return self.epoch, self._traces
+    def _well(self) -> list[PeerId]:
+        return [peer for peer in self._peers() if peer not in self.broken]
 
-    def _peers(self) -> set[PeerId]:
-        return {stage.peer for stage in self.route.stages}
-
-    def _index(self, peer: PeerId) -> int:
-        return [stage.peer for stage in self.route.stages].index(peer)
-
-    def _layers(self, peer: PeerId) -> tuple[int, int]:
-        span = self.route.stages[self._index(peer)].span
-        return span.first, span.end
-
-    def _opening(self, index: int) -> Open:
-        stages = self.route.stages
-        stage, before = stages[index], stages[index - 1]
-        after = stages[(index + 1) % len(stages)]
-        ring_end = self._client_loop and index == len(stages) - 1
-        return Open(
-            session=self.key,
-            epoch=self.epoch,
-            digest=self._digest,
-            first=stage.span.first,
-            end=stage.span.end,
-            predecessor="" if self._client_loop and index == 0 else before.peer,
-            successor="" if ring_end else after.peer,
-            successor_addresses=() if ring_end else after.addresses,
-            kv_tokens=self.kv_tokens,
-            step_s=self._budgets[index],
+    def _openings(self) -> list[tuple[Stage, Open]]:
+        made = orders.openings(
+            *(self.key, self.epoch, self._digest, self.route, self.kv_tokens, self._budgets),
+            client_loop=self._client_loop,
         )
+        return list(zip(self.route.stages, made, strict=True))
 
-    def _policy(self, turn: Turn) -> Send:
-        wanted = turn.history if turn.sampling.repetition_penalty != 1.0 else ()
-        return Send(self.route.tail.peer, self._generate(turn), ids_to_bytes(wanted))
+    def _policy(self, max_new: int, history: Sequence[int]) -> Send:
+        message = orders.policy(self.key, self.epoch, self.turn, self._turn, max_new)
+        wanted = history if self._turn.sampling.repetition_penalty != 1.0 else ()
+        return Send(self.route.tail.peer, message, ids_to_bytes(wanted))
 
-    def _commit(self, turn: Turn) -> list[Instruction]:
+    def _commit(self) -> list[Instruction]:
         """Tell the stages that neither ids nor policy reach that their reservation is used."""
         told = {self.route.head.peer} | (set() if self._client_loop else {self.route.tail.peer})
-        message = self._generate(turn)
-        return [Send(s.peer, message) for s in self.route.stages if s.peer not in told]
+        turn = self._turn
+        message = orders.policy(self.key, self.epoch, self.turn, turn, turn.max_new)
+        return [Send(peer, message) for peer in self._peers() if peer not in told]
 
-    def _generate(self, turn: Turn) -> Generate:
-        s = turn.sampling
-        return Generate(
-            session=self.key,
-            epoch=self.epoch,
-            turn=self.turn,
-            max_new=turn.max_new,
-            stop_ids=turn.stop_ids,
-            temperature=s.temperature,
-            top_p=s.top_p,
-            top_k=s.top_k,
-            min_p=s.min_p,
-            repetition_penalty=s.repetition_penalty,
-            seed=s.seed,
-        )
+    def _feed(self, position: int, ids: Sequence[int]) -> list[Send]:
+        here = (self.key, self.epoch, max(self.turn, 0))
+        return orders.feeding(self.route.head.peer, here, position, ids)
 
-    def _feed(self, position: int, ids: Sequence[int]) -> list[Instruction]:
-        frames: list[Instruction] = []
-        for start in range(0, len(ids), PROMPT_FRAME_TOKENS):
-            piece = ids[start : start + PROMPT_FRAME_TOKENS]
-            last = start + len(piece) == len(ids)
-            message = Tokens(self.key, self.epoch, max(self.turn, 0), position + start, last)
-            bulk = len(ids) > PROMPT_FRAME_TOKENS
-            frames.append(Send(self.route.head.peer, message, ids_to_bytes(piece), bulk))
-        return frames
+    def _resume(self) -> list[Instruction]:
+        """All stages of the new route have said what they hold: tell them how to go on."""
+        end = len(self.cached)
+        parts = self._known.resume([self._granted[peer] for peer in self._peers()])
+        made: list[Instruction] = []
+        if not self._client_loop:
+            left = self._turn.max_new - (end - self._turn.end)
+            made.append(self._policy(max(0, left), self.cached))
+        for peer, part in zip(self._peers(), parts, strict=True):
+            where = (self.turn, part.start, part.send_from, end)
+            made.append(Send(peer, Resume(self.key, self.epoch, *where)))
+        made += self._feed(parts[0].start, self.cached[parts[0].start :])
+        self.mends += (Mend(tuple(self._lost), end, self.epoch),)
+        self._lost.clear()
+        self.mending = False
+        return [*made, Mended(self.epoch)]
+
+    # --- inside: what is heard -------------------------------------------------------------------
 
     def _check_idle(self) -> None:
         if self.failed is not None:
@@ -376,91 +377,122 @@ class Session:
         if self.running:
             raise SessionClosed("the session is busy with a turn", remedy="wait for its end")
 
-    def _current(self, message: Token | Logits) -> bool:
-        return self.running and message.epoch == self.epoch and message.turn == self.turn
+    def _check_reroute(self, route: Route, budgets: Sequence[float]) -> None:
+        if not self.running:
+            raise LocalProtocolError("only a running turn is rerouted")
+        if route.tail.span.end != self.route.tail.span.end:
+            raise LocalProtocolError("the new route has another number of layers")
+        if budgets and len(budgets) != len(route.stages):
+            raise LocalProtocolError("each stage of the new route needs its budget")
+
+    def _current(self, peer: PeerId, message: Token | Logits) -> bool:
+        """It is of the running turn and of this tail, who may not yet know the newest epoch."""
+        if not self.running or message.turn != self.turn or peer != self.route.tail.peer:
+            return False
+        late = self._tail_since <= message.epoch < self.epoch and peer not in self._granted
+        return message.epoch == self.epoch or late
+
+    def _on_answer(
+        self, peer: PeerId, message: Opened | Refuse | Failed | Traced | Progress
+    ) -> list[Instruction]:
+        """A stage's word in this epoch."""
+        match message:
+            case Opened():
+                return self._on_opened(peer, message)
+            case Refuse():
+                blamed = blame.blocking(self.route, peer, message).peer
+                return self._lose(blamed, blame.refused(self.route, peer, message))
+            case Failed():
+                return self._on_failed(peer, message)
+            case Traced() if message.nonce == self._traces:
+                self.traced[peer] = message
+                return [EmitTraces()] if len(self.traced) == len(self.route.stages) else []
+            case Progress() if message.nonce == self._questions:
+                self.progress[peer] = message
+                return [EmitProgress()] if set(self._well()) <= set(self.progress) else []
+        return []
 
     def _on_opened(self, peer: PeerId, message: Opened) -> list[Instruction]:
         if message.kv_tokens < self.kv_tokens:
             return []  # the answer to an earlier, shorter lease
         if self.open:
             return []
-        self._granted.add(peer)
+        self._granted[peer] = Held(message.cached, message.journal)
         self._was_open = self._was_open or self.open
-        return [Ready()] if self.open else []
+        if self.broken or not self.open:
+            return []
+        return self._resume() if self.mending else [Ready()]
 
-    def _on_token(self, message: Token) -> list[Instruction]:
-        if message.position != self._expected_position:
-            return self._fail(
-                RemoteProtocolError(
-                    f"the tail sent position {message.position}, "
-                    f"{self._expected_position} was expected"
-                )
-            )
-        self._expected_position += 1
-        self._sure = len(self.cached)
+    def _on_token(self, peer: PeerId, message: Token) -> list[Instruction]:
+        expected = len(self.cached)
+        if message.position < expected and self.cached[message.position] == message.token:
+            return []  # an answer repeated
+        if message.position != expected:
+            how = f"the tail sent position {message.position}, {expected} was expected"
+            return self._doubted(peer, RemoteProtocolError(how))
+        self._known.came_through(message.position)
         emit = Emit(message.token, message.position, message.finish)
         if not message.finish:
             self.cached.append(message.token)  # on its way around the ring, not yet sure
             return [emit]
         self.running = False
-        return [emit, *self._leave()] if self.leaving else [emit]
+        return [emit, *self._leave()] if self.leaving or self.mending else [emit]
 
-    def _on_logits(self, message: Logits, payload: bytes) -> list[Instruction]:
-        if message.position != self._expected_position or not payload or len(payload) % 4:
-            return self._fail(RemoteProtocolError("the tail sent logits that were not asked for"))
-        self._sure = len(self.cached)
+    def _on_logits(self, peer: PeerId, message: Logits, payload: bytes) -> list[Instruction]:
+        if message.position > len(self.cached) or not payload or len(payload) % 4:
+            how = "the tail sent logits that were not asked for"
+            return self._doubted(peer, RemoteProtocolError(how))
+        if message.position < len(self.cached) or not self.awaited:
+            return []  # an answer repeated
+        self.awaited = False
+        self._known.came_through(message.position)
         return [EmitLogits(payload, message.position)]
 
-    def _refused(self, peer: PeerId, message: Refuse) -> HexswarmError:
-        """A stage that cannot reach the next one is seldom the one to do without."""
-        stage = self._blocking(peer, message)
-        if stage.peer != peer:
-            how = f"cannot be reached by its neighbour {peer[-8:]}"
-            return PeerLost(stage.peer, self._layers(stage.peer), how)
-        return Refused(peer, message.code, message.reason, message.retry_s)
+    def _on_failed(self, peer: PeerId, message: Failed) -> list[Instruction]:
+        asking = self.running or not self._was_open
+        if message.code == "expired" and self.silent and asking:
+            error = blame.overdue(self.route, peer, set(self._granted))
+            return self._lose(PeerId(error.peer), error)
+        why = blame.failure(self.route, peer, message)
+        if message.code in _DOUBTFUL:
+            return self._doubted(peer, why)
+        return self._lose(blame.failing(self.route, peer, message), why)
 
-    def _blocking(self, peer: PeerId, message: Refuse) -> Stage:
-        """The stage without which the next route should do."""
-        stages, index = self.route.stages, self._index(peer)
-        return stages[index + 1 - len(stages)] if message.code == "unreachable" else stages[index]
+    def _on_leaving(self, peer: PeerId, exit_s: float) -> list[Instruction]:
+        self._draining.add(peer)
+        if self.running:
+            return [Draining(peer, exit_s)]
+        return self._leave() if self.open else []
 
-    def _blame(self, peer: PeerId, message: Failed) -> HexswarmError:
-        if message.code == "lost" and message.peer in self._peers():
-            lost = PeerId(message.peer)
-            return PeerLost(lost, self._layers(lost), f"was lost by its neighbour {peer[-8:]}")
-        if message.code == "draining":
-            return PeerLost(peer, self._layers(peer), "has left the swarm")
-        if message.code == "expired" and not self._was_open:
-            return self._too_slow(peer)
-        if message.code in ("expired", "unknown"):
-            return SessionClosed(f"peer {peer[-8:]}: {message.reason}")
-        return Refused(peer, message.code, message.reason)
+    # --- inside: losses --------------------------------------------------------------------------
 
-    def _too_slow(self, peer: PeerId) -> PeerLost:
-        """A reservation ended while others were awaited: blame whom its stage waited for, or,
-        if that stage had answered, the last silent one (others are silent because they wait)."""
-        stages, silent = self.route.stages, self.silent
-        waited = peer not in self._granted
-        slow = stages[self._index(peer) + 1 - len(stages)] if waited else silent[-1]
-        how = "did not open before the reservations of the others ended"
-        return PeerLost(slow.peer, (slow.span.first, slow.span.end), how)
+    def _lose(self, peer: PeerId, error: HexswarmError) -> list[Instruction]:
+        return self._break(peer, error) if self.running else self._fail(error)
+
+    def _doubted(self, peer: PeerId, error: HexswarmError) -> list[Instruction]:
+        """It is the peer's fault, unless another peer said the same at this position."""
+        place, doubt = len(self.cached), self._doubt
+        self._doubt = (place, peer, self.epoch)
+        if doubt and doubt[0] == place and doubt[1] != peer and doubt[2] < self.epoch:
+            return self._fail(error)
+        return self._lose(peer, error)
+
+    def _break(self, peer: PeerId, error: HexswarmError) -> list[Instruction]:
+        if peer in self.broken or self.failed is not None:
+            return []
+        self.broken[peer] = error
+        self.mending = True
+        return [Broken(frozenset(self.broken))]
 
     def _leave(self) -> list[Instruction]:
         """Let a stage that drains go at once instead of when its patience ends."""
-        return self._fail(SessionClosed("a peer of the route leaves the swarm"))
+        why = "leaves the swarm" if self.leaving else "was lost as the turn ended"
+        return self._fail(SessionClosed(f"a peer of the route {why}"))
 
     def _fail(self, error: HexswarmError) -> list[Instruction]:
         if isinstance(error, PeerLost | Refused) and not self._was_open:
             self.refusing.add(PeerId(error.peer))
         self.failed = error
-        self.running = False
+        self.running = self.mending = False
         closing = [Send(stage.peer, Close(self.key)) for stage in self.route.stages]
         return [*closing, Fail(error)]
-
-
-def ids_to_bytes(ids: Sequence[int]) -> bytes:
-    """Token ids as little-endian uint32."""
-    packed = array.array("I", ids)
-    if sys.byteorder == "big":
-        packed.byteswap()
-    return packed.tobytes()

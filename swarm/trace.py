@@ -65,6 +65,29 @@ class HopTrace:
 
 
 @dataclass(frozen=True, slots=True)
+class Repair:
+    """Stages of a running answer that were replaced."""
+
+    lost: tuple[Place, ...]
+    by: tuple[Place, ...]
+    """Who took over, layer for layer; in all as many layers, not always as many peers."""
+    position: int
+    """So many token ids were known when it happened."""
+    stall_s: float
+    """From the last token before to the first one after."""
+    why: str
+    """What the first of the lost ones did: "vanished", "was silent for 1.6 s"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A peer and the layers that it serves in a route."""
+
+    peer: PeerId
+    span: Span
+
+
+@dataclass(frozen=True, slots=True)
 class SessionTrace:
     """One turn of one session."""
 
@@ -82,6 +105,8 @@ class SessionTrace:
     tpot_s: float | None
     """Median seconds per token; None if it could not be told (`Meter`)."""
     hops: tuple[HopTrace, ...]
+    """Of the route on which the answer ended."""
+    repairs: tuple[Repair, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -104,6 +129,7 @@ class SessionTrace:
         document = asdict(self)
         for hop, item in zip(document["hops"], self.hops, strict=True):
             hop["span"] = [item.span.first, item.span.end]
+        document["repairs"] = [repair_json(item) for item in self.repairs]
         return {"version": VERSION, **document, "rest_s": self.rest_s}
 
 
@@ -113,6 +139,7 @@ def from_json(document: Any) -> SessionTrace:
         raise ValueError(f"trace version {document['version']!r}")
     values = {key: value for key, value in document.items() if key not in ("version", "rest_s")}
     values["hops"] = tuple(_hop(item) for item in values["hops"])
+    values["repairs"] = tuple(_repair(item) for item in values.get("repairs", ()))
     return SessionTrace(**values)
 
 
@@ -126,6 +153,22 @@ def _hop(item: dict[str, Any]) -> HopTrace:
         measured=None if measured is None else Shares(**measured),
         rows=item["rows"],
     )
+
+
+def repair_json(repair: Repair) -> dict[str, Any]:
+    """Plain values, ready for `json.dumps`."""
+
+    def plain(places: tuple[Place, ...]) -> list[dict[str, Any]]:
+        return [{"peer": p.peer, "span": [p.span.first, p.span.end]} for p in places]
+
+    return {**asdict(repair), "lost": plain(repair.lost), "by": plain(repair.by)}
+
+
+def _repair(item: dict[str, Any]) -> Repair:
+    def places(items: list[dict[str, Any]]) -> tuple[Place, ...]:
+        return tuple(Place(PeerId(entry["peer"]), Span(*entry["span"])) for entry in items)
+
+    return Repair(**{**item, "lost": places(item["lost"]), "by": places(item["by"])})
 
 
 def _measured(hop: HopTrace, told: Traced | None) -> HopTrace:

@@ -108,4 +108,5 @@ def draft(plan: Plan, completion: Completion, model: str, now: float) -> Session
             )
             for hop in budget.hops
         ),
+        repairs=completion.mends,
     )

@@ -6,10 +6,15 @@ as streams are; frames are packed and decoded on the way. Nothing happens by its
 what could happen next (deliver a frame, finish a dial, take a step, finish a step), and a test, a
 random generator or Hypothesis chooses. `run` goes on until nothing is left to do.
 
+Peers die, come back empty, freeze and wake (`kill`, `restart`, `freeze`, `thaw`). That one is gone
+each party learns in a move of its own, some time later; what the dead had sent before may still
+arrive. A running turn that loses a stage fails, unless the swarm has a `mender`: then asking it for
+another route is a move, too.
+
 The model is `IntegerModel`: hidden size 1, exact integers, layers that read all KV before them. Its
 cells are poisoned whenever a block is leased, so that a gap in the KV (a token computed at one
 stage and not at another) raises instead of giving a plausible number. `answer` says what a ring
-must say, computed in one go.
+must say, computed in one go. Each host counts how often it computed a position for a route.
 """
 
 from __future__ import annotations
@@ -20,16 +25,18 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from hexswarm import session as client
+from hexswarm import instructions as client
 from hexswarm.errors import HexswarmError
+from hexswarm.instructions import Turn
 from hexswarm.messages import Message
 from hexswarm.peer import actions
 from hexswarm.peer.admission import Hosted
 from hexswarm.peer.cache import BlockTables
+from hexswarm.peer.journal import Journal
 from hexswarm.peer.stage import StageTable
 from hexswarm.peer.steps import Activations, Result, Row, SessionKey, Step, TailPolicy
 from hexswarm.records import Load, PeerId, Route, Sampling, Span, Speed, Stage
-from hexswarm.session import Session, Turn
+from hexswarm.session import Session
 from hexswarm.wire import Frame, FrameDecoder, pack
 
 MODEL = "ab" * 32
@@ -150,11 +157,14 @@ class Host:
         self.model = IntegerModel(span, layers, blocks)
         self.ledger = TableLedger(self.model, blocks)
         self.ledger.on_close = self.drop
-        self.table = StageTable(Hosted(peer, MODEL, span, layers, 1), self.ledger)
+        self.journal = Journal()
+        self.table = StageTable(Hosted(peer, MODEL, span, layers, 1), self.ledger, self.journal)
         self.steps: deque[Step] = deque()
         self.running: Row | None = None
         self.refused: deque[Result] = deque()
         self.watched: Counter[PeerId] = Counter()
+        self.computed: Counter[tuple[SessionKey, int, int, int]] = Counter()
+        """How often a position was: by session, turn, epoch and position."""
 
     @property
     def kv_in_use(self) -> int:
@@ -165,13 +175,22 @@ class Host:
         try:
             self.ledger.tables.write(step.session, step.position, step.count, self.ledger.now)
         except HexswarmError as error:
-            row = Row(step.session, step.position, step.count, None, step.last, (), step.turn)
+            row = Row(
+                *(step.session, step.position, step.count, None, step.last, (), step.turn),
+                epoch=step.epoch,
+            )
             self.refused.append(Result(row, error=str(error)))
         else:
             self.steps.append(step)
 
-    def drop(self, session: SessionKey) -> None:
+    def drop(self, session: SessionKey, position: int | None = None) -> None:
+        """As the engine does: forget what waits, and take the cached length back to before it."""
+        waiting = [step.position for step in self.steps if step.session == session]
         self.steps = deque(step for step in self.steps if step.session != session)
+        if position is not None:
+            waiting.append(position)
+        if waiting:
+            self.ledger.tables.rewind(session, min(waiting))
 
     def take(self) -> None:
         """Begin with the next piece of the oldest step."""
@@ -195,6 +214,7 @@ class Host:
             turn=step.turn,
             span=step.span,
             policy=step.policy,
+            epoch=step.epoch,
         )
         if not last:
             position, left = step.position + count, step.count - count
@@ -205,7 +225,11 @@ class Host:
         """What the piece that was begun gives; nothing if its session has ended."""
         row, self.running = self.running, None
         assert row is not None
-        return self.model.run(row) if row.session in self.ledger.tables.sessions else None
+        if row.session not in self.ledger.tables.sessions:
+            return None
+        for position in range(row.position, row.position + row.count):
+            self.computed[row.session, row.turn, row.epoch, position] += 1
+        return self.model.run(row)
 
     def finish(self) -> list[actions.Action]:
         result = self.compute()
@@ -222,12 +246,21 @@ class Told:
     ready: int = 0
     logits: list[bytes] = field(default_factory=list)
     traced: int = 0
+    progress: int = 0
+    broken: list[frozenset[PeerId]] = field(default_factory=list)
+    draining: list[PeerId] = field(default_factory=list)
+    mended: list[int] = field(default_factory=list)
+    """The epochs on which the turn went on after a loss."""
     error: HexswarmError | None = None
 
 
 # --- the swarm ----------------------------------------------------------------------------------
 
 Channel = tuple[PeerId, PeerId, int]
+
+Mender = Callable[[Session], Route | None]
+"""The route on which a session whose turn is broken goes on; the one that it has: not yet; None:
+it is given up."""
 
 
 class Loopback:
@@ -247,6 +280,14 @@ class Loopback:
         self.sessions: dict[bytes, tuple[PeerId, Session, Told]] = {}
         self.strange: list[tuple[PeerId, PeerId, Message]] = []
         """Frames that went to a party without such a session: (from, to, message)."""
+        self.dead: dict[PeerId, Host] = {}
+        """Peers that are gone, as they were."""
+        self.frozen: set[PeerId] = set()
+        """Hosts that hear and do nothing."""
+        self.mender: Mender | None = None
+        """None: a loss in a running turn fails the session."""
+        self._news: list[tuple[PeerId, PeerId]] = []
+        """Who has yet to learn that whom is gone."""
         self._keys = 0
 
     def route(self, *peers: str, spans: Sequence[tuple[int, int]] | None = None) -> Route:
@@ -317,7 +358,7 @@ class Loopback:
         for item in made:
             match item:
                 case client.Connect(stage=found, message=message):
-                    if frozenset((who, found.peer)) in self.unreachable:
+                    if not self._reachable(who, found.peer):
                         self.carry_out(session, session.on_lost(found.peer, "cannot be reached"))
                     elif session.failed is None:
                         self.send(who, found.peer, message)
@@ -334,6 +375,16 @@ class Loopback:
                     told.logits.append(data)
                 case client.EmitTraces():
                     told.traced += 1
+                case client.EmitProgress():
+                    told.progress += 1
+                case client.Broken(peers=peers):
+                    told.broken.append(peers)
+                    if self.mender is None:
+                        self.carry_out(session, session.give_up(session.broken[min(peers)]))
+                case client.Draining(peer=peer):
+                    told.draining.append(peer)
+                case client.Mended(epoch=epoch):
+                    told.mended.append(epoch)
                 case client.Fail(error=error):
                     assert told.error is None, "a session fails once"
                     told.error = error
@@ -349,8 +400,8 @@ class Loopback:
                     host.submit(step)
                 case actions.Dial():
                     self.dials.append((host.peer, action))
-                case actions.Drop(session=key):
-                    host.drop(key)
+                case actions.Drop(session=key, position=position):
+                    host.drop(key, position)
                 case actions.Watch(peer=peer, on=on):
                     host.watched[peer] += 1 if on else -1
                     assert host.watched[peer] >= 0, "unwatched more often than watched"
@@ -358,7 +409,7 @@ class Loopback:
     def send(
         self, source: PeerId, target: PeerId, message: Message, payload: bytes = b"", lane: int = 0
     ) -> None:
-        if frozenset((source, target)) in self.unreachable:
+        if not self._reachable(source, target):
             return
         data = b"".join(pack(message, payload))
         self.channels.setdefault((source, target, lane), deque()).append(data)
@@ -369,17 +420,24 @@ class Loopback:
         """Everything that could happen next, in a fixed order."""
         found: list[Callable[[], None]] = []
         for channel in sorted(self.channels):
-            if self.channels[channel]:
+            if self.channels[channel] and channel[1] not in self.frozen:
                 found.append(lambda channel=channel: self.deliver(channel))  # type: ignore[misc]
         if self.dials:
             found.append(self._finish_dial)
         for host in self.hosts.values():
+            if host.peer in self.frozen:
+                continue
             if host.refused:
                 found.append(lambda host=host: self._refuse(host))  # type: ignore[misc]
             elif host.running is not None:
                 found.append(lambda host=host: self.act(host, host.finish()))  # type: ignore[misc]
             elif host.steps:
                 found.append(host.take)
+        for party, peer in self._news:
+            found.append(lambda party=party, peer=peer: self._learn(party, peer))  # type: ignore[misc]
+        for _, session, _ in self.sessions.values():
+            if session.broken and session.running and self.mender is not None:
+                found.append(lambda session=session: self._mend(session))  # type: ignore[misc]
         return found
 
     def run(self, rng: random.Random | None = None, most: int = 100_000) -> None:
@@ -420,6 +478,66 @@ class Loopback:
                 if who == me:
                     self.carry_out(session, session.on_lost(peer, "vanished"))
 
+    def kill(self, name: PeerId | str) -> None:
+        """A peer is gone, with all that it had; the others learn of it when they do."""
+        peer = PeerId(name)
+        self.dead[peer] = self.hosts.pop(peer)
+        self.frozen.discard(peer)
+        for channel in self.channels:
+            if channel[1] == peer:
+                self.channels[channel].clear()
+        self.dials = deque(dial for dial in self.dials if dial[0] != peer)
+        self._news = [news for news in self._news if news[0] != peer]
+        parties = {who for who, _, _ in self.sessions.values()} | set(self.hosts)
+        self._news.extend((party, peer) for party in sorted(parties))
+
+    def restart(self, name: PeerId | str) -> None:
+        """A dead peer is back and remembers nothing; that it was gone is known to all by then."""
+        peer = PeerId(name)
+        for party, gone in list(self._news):
+            if gone == peer:
+                self._learn(party, gone)
+        before = self.dead.pop(peer)
+        span, blocks = before.model.span, before.ledger.tables.total_blocks
+        self.hosts[peer] = Host(peer, span, self.layers, blocks)
+
+    def freeze(self, name: PeerId | str) -> None:
+        """A peer stands still: it hears nothing, says nothing, computes nothing."""
+        self.frozen.add(PeerId(name))
+
+    def thaw(self, name: PeerId | str) -> None:
+        self.frozen.discard(PeerId(name))
+
+    def repeat(self, channel: Channel) -> None:
+        """The next frame of a channel arrives twice."""
+        queue = self.channels[channel]
+        queue.appendleft(queue[0])
+
+    def _reachable(self, a: PeerId, b: PeerId) -> bool:
+        gone = a in self.dead or b in self.dead
+        return not gone and frozenset((a, b)) not in self.unreachable
+
+    def _learn(self, party: PeerId, peer: PeerId) -> None:
+        """Somebody learns that a peer is gone: what it sent and has not come will not come."""
+        self._news.remove((party, peer))
+        for channel in list(self.channels):
+            if channel[:2] == (peer, party):
+                self.channels[channel].clear()
+        if party in self.hosts:
+            self.act(self.hosts[party], self.hosts[party].table.on_lost(peer))
+        for who, session, _ in list(self.sessions.values()):
+            if who == party:
+                self.carry_out(session, session.on_lost(peer, "vanished"))
+
+    def _mend(self, session: Session) -> None:
+        assert self.mender is not None
+        route = self.mender(session)
+        if route is None:
+            error = session.broken[min(session.broken)]
+            self.carry_out(session, session.give_up(error))
+        elif route is not session.route:
+            self.carry_out(session, session.reroute(route))
+
     def say(
         self,
         source: PeerId | str,
@@ -436,7 +554,7 @@ class Loopback:
 
     def _finish_dial(self) -> None:
         peer, dial = self.dials.popleft()
-        ok = frozenset((peer, dial.peer)) not in self.unreachable
+        ok = self._reachable(peer, dial.peer)
         host = self.hosts[peer]
         self.act(host, host.table.dialled(dial.session, dial.epoch, ok, host.ledger.now))
 
@@ -454,6 +572,7 @@ class Loopback:
             leased = sum(len(tables.blocks(key)) for key in tables.sessions)
             assert host.kv_in_use == leased
             assert len(tables.sessions) == len(host.table)
+            assert max(host.computed.values(), default=1) == 1, "computed twice for one route"
 
     def check_clean(self) -> None:
         """Nobody holds anything for anybody."""

@@ -108,3 +108,26 @@ def test_the_home_folder_comes_from_the_environment(monkeypatch: pytest.MonkeyPa
     assert NetworkConfig().folder == Path("/tmp/elsewhere")
     monkeypatch.delenv("HEXSWARM_HOME")
     assert home() == Path.home() / ".hexswarm"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("0", 0), ("1500", 1500), ("2kB", 2048), ("512MB", 512 << 20), ("1.5G", 3 << 29)],
+)
+def test_the_size_of_a_journal(text: str, size: int) -> None:
+    assert read(PeerConfig, f"--journal {text}").journal == size
+    assert read(PeerConfig, "", {"HEXSWARM_JOURNAL": text}).journal == size
+
+
+@pytest.mark.parametrize("text", ["much", "-1", "nan", "inf", "1e30"])
+def test_a_journal_without_a_size_is_refused(text: str) -> None:
+    with pytest.raises(UsageError):
+        read(PeerConfig, "", {"HEXSWARM_JOURNAL": text})
+
+
+@pytest.mark.parametrize("name", ["connect_s", "silence_s", "repair_s", "patience_s"])
+def test_a_client_waits_for_a_time(name: str) -> None:
+    assert read(ClientConfig, f"--{name.replace('_', '-')} 3") != ClientConfig()
+    for wrong in (-1.0, float("nan"), 1e9):
+        with pytest.raises(UsageError, match=name):
+            ClientConfig(**{name: wrong})

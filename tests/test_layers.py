@@ -25,6 +25,8 @@ CLIENT = {
     *("__init__", "ask", "blocking", "cli", "client", "demo", "picture", "runtime", "session"),
     *("axis", "caption", "layout", "map", "paint", "scene", "svg"),
     *("conversation", "explained", "opening", "options", "planning", "trace", "tracing", "view"),
+    *("blame", "instructions", "orders", "resume"),
+    *("bans", "detector", "failover", "holes", "wards"),
 }
 """Modules of swarm/ above the ground floor; every other one belongs to it."""
 
@@ -52,10 +54,12 @@ NEVER = {
 """Modules of others that a part does not import at all."""
 
 PURE = {
+    *("hexswarm.quota", "hexswarm.shelf"),
     *("hexswarm.peer.cache", "hexswarm.peer.load", "hexswarm.peer.neighbours"),
     *("hexswarm.peer.pace", "hexswarm.peer.promises", "hexswarm.peer.scheduler"),
     *("hexswarm.peer.actions", "hexswarm.peer.admission", "hexswarm.peer.sessions"),
     *("hexswarm.peer.stage", "hexswarm.peer.steps", "hexswarm.peer.tracing"),
+    *("hexswarm.peer.journal", "hexswarm.peer.order", "hexswarm.peer.resume"),
 }
 """Bookkeeping apart from tensors: neither these nor what they import need torch."""
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 STRICT_PEER = (
     *("actions", "admission", "cache", "load", "neighbours", "pace", "promises", "scheduler"),
-    *("sessions", "stage", "steps", "tracing"),
+    *("sessions", "stage", "steps", "tracing", "journal", "order", "resume"),
 )
 """Modules of peer/ that are held to strict typing; swarm/ and router/ are as a whole."""
 

@@ -13,12 +13,12 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
+from hexswarm.instructions import Emit, Turn
 from hexswarm.links import Links
 from hexswarm.peer.server import PeerServer
 from hexswarm.peer.steps import SessionKey, Step
 from hexswarm.records import PeerId, Route, Sampling, Span, Stage
 from hexswarm.runtime import OpenSession, SessionRuntime
-from hexswarm.session import Emit, Turn
 from hexswarm.transports.memory import MemoryNetwork
 from tests import virtual
 from tests.loopback import CLIENT, MODEL, Host
@@ -46,8 +46,13 @@ class Device:
             asyncio.get_running_loop().call_soon(self._refuse)
         self._go_on()
 
-    def cancel(self, session: SessionKey) -> None:
-        self.host.drop(session)
+    def cancel(self, session: SessionKey, position: int | None = None) -> None:
+        self.host.drop(session, position)
+
+    def stop(self) -> None:
+        """The machine is gone: nothing that it computes comes to an end."""
+        if self._timer is not None:
+            self._timer.cancel()
 
     def _refuse(self) -> None:
         results = list(self.host.refused)
@@ -101,22 +106,33 @@ class Peer:
         )
 
     async def close(self) -> None:
+        self.device.stop()
         await self.links.close()
         await self.transport.close()
 
 
 class World:
-    """Peers p0, p1, ... and a client with its runtime."""
+    """Peers p0, p1, ... and a client with its runtime.
+
+    With `copies` each span has so many peers; the route goes through the first of each.
+    """
 
     def __init__(
-        self, *spans: tuple[int, int], delay_s: float = 0.01, step_s: float = 0.001
+        self,
+        *spans: tuple[int, int],
+        delay_s: float = 0.01,
+        step_s: float = 0.001,
+        copies: int = 1,
     ) -> None:
         self.network = MemoryNetwork(delay_s)
         self.layers = max(end for _, end in spans)
+        self.stages = len(spans)
+        self.step_s = step_s
         self.peers = [
             Peer(self.network, f"p{i}", Span(*span), self.layers, step_s)
-            for i, span in enumerate(spans)
+            for i, span in enumerate(spans * copies)
         ]
+        self.dead: set[PeerId] = set()
         self.transport = self.network.transport(CLIENT)
         self.runtime = SessionRuntime(virtual.LoopClock())
         self.runtime.links = self.links = Links(
@@ -129,8 +145,32 @@ class World:
 
     @property
     def route(self) -> Route:
-        stages = tuple(Stage(peer.peer, peer.host.model.span, ("/x",)) for peer in self.peers)
+        return self.along(*(peer.peer for peer in self.peers[: self.stages]))
+
+    def along(self, *names: str) -> Route:
+        """The route through these peers, each with all that it holds."""
+        peers = [self.named(name) for name in names]
+        stages = tuple(Stage(peer.peer, peer.host.model.span, ("/x",)) for peer in peers)
         return Route(stages, 0.0, 0.0)
+
+    def named(self, name: str) -> Peer:
+        return next(peer for peer in self.peers if peer.peer == name)
+
+    async def kill(self, name: str) -> None:
+        """A process ends without a word: its neighbours see the end of their streams."""
+        peer = self.named(name)
+        self.dead.add(peer.peer)
+        await peer.close()
+
+    async def restart(self, name: str) -> Peer:
+        """A dead peer is back, and remembers nothing."""
+        before = self.named(name)
+        span, index = before.host.model.span, self.peers.index(before)
+        made = Peer(self.network, name, span, self.layers, self.step_s)
+        self.peers[index] = made
+        self.dead.discard(made.peer)
+        await made.links.start(listen=True)
+        return made
 
     def open(self, kv_tokens: int = 64, **options: Any) -> OpenSession:
         return self.runtime.open(self.route, MODEL, kv_tokens, **options)
@@ -146,7 +186,7 @@ class World:
         return (
             len(self.runtime) == 0
             and not self.links._watched
-            and all(peer.clean for peer in self.peers)
+            and all(peer.clean for peer in self.peers if peer.peer not in self.dead)
         )
 
     async def settle(self, seconds: float = 1.0) -> None:
@@ -155,7 +195,7 @@ class World:
 
 
 @asynccontextmanager
-async def world(*spans: tuple[int, int], **options: float) -> AsyncIterator[World]:
+async def world(*spans: tuple[int, int], **options: Any) -> AsyncIterator[World]:
     """A running world; at its end no task may be left."""
     made = World(*spans, **options)
     for peer in made.peers:
@@ -167,7 +207,8 @@ async def world(*spans: tuple[int, int], **options: float) -> AsyncIterator[Worl
         await made.links.close()
         await made.transport.close()
         for peer in made.peers:
-            await peer.close()
+            if peer.peer not in made.dead:
+                await peer.close()
         await asyncio.sleep(0)
         assert virtual.others() == set()
 

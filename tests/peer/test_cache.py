@@ -128,11 +128,10 @@ def test_misuse_is_told_apart() -> None:
     assert not cache.release(A, now=0.0)
 
 
-def test_only_steps_renew_a_lease() -> None:
+def test_a_refused_step_renews_no_lease() -> None:
     cache = BlockTables(8, lease_s=10.0)
     for key in (A, B, C):
         cache.lease(key, 16, now=0.0)
-    cache.extend(A, 32, now=9.0)
     cache.write(B, 0, 1, now=9.0)
     cache.renew(C, now=9.0)
     with pytest.raises(KvGap):
@@ -141,6 +140,23 @@ def test_only_steps_renew_a_lease() -> None:
     assert cache.expire(now=10.5) == [A]
     assert cache.expire(now=19.5) == [B, C]
     assert cache.free_blocks == 8
+
+
+@pytest.mark.parametrize("tokens", [16, 32])
+def test_asking_again_renews_a_lease_for_a_bounded_time(tokens: int) -> None:
+    """A session that is being repaired stands still; one that only ever asks is squatting."""
+    cache = BlockTables(8, lease_s=10.0)
+    cache.lease(A, 16, now=0.0)
+    for now in range(0, 31, 5):
+        assert cache.expire(float(now)) == []
+        cache.extend(A, tokens, float(now))
+    assert cache.expire(30.5) == [A]
+    cache.lease(B, 16, now=0.0)
+    cache.write(B, 0, 1, now=9.0)
+    for now in range(9, 40, 10):
+        assert cache.expire(float(now)) == [], "a step begins the count anew"
+        cache.extend(B, tokens, float(now))
+    assert cache.expire(39.5) == [B]
 
 
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=8))

@@ -279,6 +279,129 @@ def test_a_crash_fails_its_batch_and_the_thread_lives_on(caplog: pytest.LogCaptu
     assert [bool(record.exc_info) for record in caplog.records] == [True, False]
 
 
+def test_one_row_that_makes_a_batch_fail_takes_no_other_along() -> None:
+    """Each is tried once more by itself; what cannot be computed fails, and only that."""
+
+    async def main() -> None:
+        async with bench() as b:
+
+            def crash(batch: Batch) -> None:
+                if any(13 in row.payload for row in batch.rows):
+                    raise RuntimeError("poison")
+
+            for session in (A, B, C):
+                b.engine.open(session, 32)
+            b.engine.submit([prompt(A, [1]), prompt(B, [2]), prompt(C, [3])])
+            await b.results()
+            b.runner.before = crash
+            b.engine.submit([decode(A, 1, 4), decode(B, 1, 13), decode(C, 1, 5)])
+            results = await b.results()
+            assert [(r.token, r.error is None) for r in results] == [
+                *((5, True), (None, False), (8, True))
+            ]
+            assert [len(batch.rows) for batch in b.runner.batches[1:]] == [3, 1, 1, 1]
+            assert [b.cache.length(key) for key in (A, B, C)] == [2, 1, 2]
+            assert b.engine.counters.crashes == 1
+            b.engine.submit([decode(A, 2, 1), decode(B, 1, 6), decode(C, 2, 1)])
+            assert [r.token for r in await b.results()] == [6, 8, 9], "all go on"
+
+    asyncio.run(main())
+
+
+def test_a_batch_that_does_not_fit_is_computed_in_parts() -> None:
+    async def main() -> None:
+        async with bench() as b:
+
+            def crash(batch: Batch) -> None:
+                if len(batch.rows) > 1:
+                    raise MemoryError("out of memory")
+
+            b.runner.before = crash
+            b.engine.open(A, 32)
+            b.engine.open(B, 32)
+            b.engine.submit([prompt(A, [1]), prompt(B, [2])])
+            assert [r.token for r in await b.results()] == [1, 2]
+            assert b.engine.alive
+
+    asyncio.run(main())
+
+
+def test_a_row_of_the_past_that_fails_leaves_what_came_since() -> None:
+    """The session was rewound to another route while the device computed for the old one."""
+
+    async def main() -> None:
+        async with bench() as b:
+            entered, leave = threading.Event(), threading.Event()
+
+            def crash(batch: Batch) -> None:
+                entered.set()
+                assert leave.wait(5)
+                b.runner.before = lambda batch: None
+                raise RuntimeError("the old route")
+
+            b.engine.open(A, 32)
+            b.engine.submit([prompt(A, [1, 2, 3])])
+            await b.results()
+            b.runner.before = crash
+            b.engine.submit([decode(A, 3, 4), decode(A, 4, 5)])
+            assert await asyncio.to_thread(entered.wait, 5)
+            b.engine.cancel(A, 2)
+            assert b.cache.length(A) == 2
+            b.engine.submit([decode(A, 2, 7)])
+            leave.set()
+            assert [r.error is None for r in await b.results()] == [False]
+            assert [r.token for r in await b.results()] == [10]
+            assert b.cache.length(A) == 3
+
+    asyncio.run(main())
+
+
+def test_what_an_ended_session_left_is_erased_before_anybody_else_computes() -> None:
+    """After the batch that still writes there, whether the session was closed or expired."""
+
+    async def main() -> None:
+        made = Bench(4)
+        story: list[object] = []
+
+        def forget(blocks: Sequence[int]) -> None:
+            assert threading.current_thread().name == "hexswarm-device"
+            story.append(sorted(blocks))
+
+        made.engine = Engine(
+            *(made.runner, made.scheduler, made.cache),
+            clock=RealClock(),
+            deliver=made.deliveries.put_nowait,
+            forget=forget,
+        )
+        entered, leave = threading.Event(), threading.Event()
+
+        def note(batch: Batch) -> None:
+            story.append(batch.rows[0].session)
+            entered.set()
+            assert leave.wait(5)
+
+        made.runner.before = note
+        made.engine.start()
+        try:
+            made.engine.open(A, 32)
+            made.engine.submit([prompt(A, [1])])
+            assert await asyncio.to_thread(entered.wait, 5)
+            made.engine.close(A)
+            made.engine.open(B, 64)
+            made.engine.submit([prompt(B, [2])])
+            leave.set()
+            await made.results()
+            await made.results()
+            made.cache.lease_s = -1.0
+            assert made.engine.expire() == [B]
+            await asyncio.wrap_future(made.engine.between(lambda: None))
+            assert story == [A, [0, 1], B, [0, 1, 2, 3]]
+        finally:
+            assert made.engine.stop(5.0)
+
+    asyncio.run(main())
+
+
 def test_a_failed_prompt_takes_its_rest_along() -> None:
     async def main() -> None:
         async with bench(chunk_tokens=32) as b:

@@ -7,6 +7,7 @@ with the real engine and its thread.
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -19,21 +20,25 @@ from hexswarm.clock import RealClock, VirtualClock
 from hexswarm.errors import NetworkError, PeerLost, SessionClosed
 from hexswarm.links import Links, Outgoing
 from hexswarm.messages import (
+    AskProgress,
+    Cancel,
     Close,
     Hidden,
     Message,
     Open,
     Opened,
+    Progress,
     Refuse,
     Tokens,
     Trace,
     Traced,
 )
+from hexswarm.peer.actions import Send
 from hexswarm.peer.admission import RESERVE_S, Hosted
 from hexswarm.peer.cache import BlockTables
 from hexswarm.peer.engine import Engine
 from hexswarm.peer.scheduler import Policy, Scheduler
-from hexswarm.peer.server import EXPIRE_EVERY_S, PeerServer
+from hexswarm.peer.server import ANNOUNCE_S, EXPIRE_EVERY_S, PeerServer
 from hexswarm.peer.stage import StageTable
 from hexswarm.peer.steps import Activations, Batch, Result, Row
 from hexswarm.records import PeerId, Route, Span, Stage
@@ -122,6 +127,57 @@ async def test_a_reservation_ends_to_the_moment() -> None:
         ticking.cancel()
         await w.settle()
         assert w.clean
+
+
+@scenario
+async def test_draining_ends_with_the_last_session_and_at_the_deadline() -> None:
+    """Clients are told before the directory is; a directory that hangs holds nobody up."""
+    async with world(*THREE) as w:
+        loop = asyncio.get_running_loop()
+
+        async def hang() -> None:
+            assert any(peer.host.table.draining for peer in w.peers)
+            await asyncio.Event().wait()
+
+        server = w.peers[0].server
+        keys = [_stand(server, bytes([index]) * 16) for index in range(3)]
+        for late_s, key in zip((5.0, 6.0), keys, strict=False):
+            loop.call_later(late_s, server.on_frames, CLIENT, [Frame(Close(key))])
+        began = loop.time()
+        await server.drain(25.0, hang)
+        assert loop.time() - began == 25.0, "one is never closed"
+        assert len(server.table) == 0
+        assert w.peers[0].clean
+        key = _stand(w.peers[1].server, keys[0])
+        loop.call_later(6.0, w.peers[1].server.on_frames, CLIENT, [Frame(Close(key))])
+        began = loop.time()
+        await w.peers[1].server.drain(25.0, hang)
+        assert loop.time() - began == 6.0
+        began = loop.time()
+        await w.peers[2].server.drain(25.0, hang)
+        assert loop.time() - began == ANNOUNCE_S, "nobody is there"
+
+
+def _stand(server: PeerServer, key: bytes = b"k" * 16) -> bytes:
+    """A session that somebody opened, and goes on to nobody."""
+    first, end = server.table._hosted.span.first, server.table._hosted.span.end
+    server.on_frames(CLIENT, [Frame(Open(key, 0, MODEL, first, end, "before", "p1", (), 32))])
+    return key
+
+
+@scenario
+async def test_what_is_dropped_is_not_begun_by_what_came_just_before() -> None:
+    """Steps are handed over at the end of a delivery; what ends them may stand behind them."""
+    async with world(*THREE) as w:
+        peer = w.peers[1]
+        _stand(peer.server)
+        step = Hidden(b"k" * 16, 0, 0, 0, 1, True, "float32")
+        made = peer.host.table.on_frames(PeerId("before"), [Frame(step, bytes(4))], 0.0)
+        made += peer.host.table.on_frames(CLIENT, [Frame(Cancel(b"k" * 16, 0, 0))], 0.0)
+        peer.server.carry_out(made)
+        assert not peer.host.steps
+        assert peer.host.running is None
+        peer.server.carry_out(peer.host.table.end_all())
 
 
 @scenario
@@ -242,6 +298,37 @@ def test_a_ring_of_real_engines() -> None:
                 session.close()
 
             await asyncio.gather(*(ask(number) for number in range(0, 40, 8)))
+
+    asyncio.run(act())
+
+
+def test_a_peer_whose_device_hangs_says_so() -> None:
+    """The network lives on another thread: who asks is told that input waits."""
+
+    async def act() -> None:
+        async with engines(*THREE) as (peers, runtime):
+            entered, leave = threading.Event(), threading.Event()
+            sick, compute = peers[1], peers[1].model.run
+
+            def hang(row: Row) -> Result:
+                entered.set()
+                assert leave.wait(10)
+                return compute(row)
+
+            sick.model.run = hang  # type: ignore[method-assign]
+            route = Route(tuple(Stage(peer.peer, peer.model.span) for peer in peers), 0.0, 0.0)
+            session = runtime.open(route, MODEL, 100)
+            await session.ready()
+            session.generate(turn(PROMPT, 3))
+            assert await asyncio.to_thread(entered.wait, 5)
+            ask = AskProgress(session.machine.key, session.machine.epoch, 1)
+            (told,) = sick.server.table.on_frame(CLIENT, Frame(ask), 0.0)
+            assert isinstance(told, Send)
+            assert isinstance(told.message, Progress)
+            assert (told.message.received, told.message.done) == (len(PROMPT), 0)
+            leave.set()
+            assert await listen(session) == answer(PROMPT, 3, 6)
+            session.close()
 
     asyncio.run(act())
 

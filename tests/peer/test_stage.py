@@ -10,7 +10,6 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from hexswarm.errors import PeerLost
 from hexswarm.messages import (
     Cancel,
     Close,
@@ -29,7 +28,7 @@ from hexswarm.peer.actions import BULK, STEP, Action, Dial, Drop, Send, Submit, 
 from hexswarm.peer.admission import MAX_SESSIONS_PER_CLIENT
 from hexswarm.peer.steps import Activations, Result, Row, Step, TailPolicy
 from hexswarm.records import PeerId, Sampling, Span
-from hexswarm.session import Session, Turn, ids_to_bytes
+from hexswarm.session import Session, ids_to_bytes
 from tests.loopback import CLIENT, MODEL, Host, Loopback, Told, answer
 
 KEY = b"k" * 16
@@ -156,7 +155,7 @@ def test_opening_again_extends_or_rewires_and_keeps_the_books() -> None:
     assert host.table.dialled(KEY, 0, False, 0.0) == [], "a dial of the old route means nothing now"
     assert refusal(swarm.say(CLIENT, "p0", OPEN)) == "invalid", "an older epoch"
     assert swarm.say(PREVIOUS, "p0", HIDDEN, ONE) == [], "late"
-    assert isinstance(only(swarm.say(PREVIOUS, "p0", replace(HIDDEN, epoch=1), ONE)), Submit)
+    assert swarm.say(PREVIOUS, "p0", replace(HIDDEN, epoch=1), ONE) == [], "early"
     swarm.say(CLIENT, "p0", Close(KEY))
     swarm.check_clean()
 
@@ -277,7 +276,7 @@ def test_late_news_of_an_older_turn_changes_nothing() -> None:
     assert swarm.say(CLIENT, "p0", replace(GENERATE, turn=2)) == []
     assert swarm.say(CLIENT, "p0", Cancel(KEY, 0, 2)) == []
     assert isinstance(only(swarm.say(PREVIOUS, "p0", replace(HIDDEN, turn=3), ONE)), Submit)
-    assert only(swarm.say(CLIENT, "p0", Cancel(KEY, 0, 3))) == Drop(KEY)
+    assert only(swarm.say(CLIENT, "p0", Cancel(KEY, 0, 3))) == Drop(KEY, 0)
     assert swarm.say(PREVIOUS, "p0", replace(HIDDEN, turn=3, position=1), ONE) == []
     assert swarm.say(CLIENT, "p0", replace(GENERATE, turn=3)) == []
 
@@ -285,7 +284,7 @@ def test_late_news_of_an_older_turn_changes_nothing() -> None:
 def test_a_cancel_that_comes_first_holds() -> None:
     """Control overtakes prompts: what is cancelled must not begin afterwards."""
     swarm = opened(OPEN)
-    assert only(swarm.say(CLIENT, "p0", Cancel(KEY, 0, 1))) == Drop(KEY)
+    assert only(swarm.say(CLIENT, "p0", Cancel(KEY, 0, 1))) == Drop(KEY, 0)
     assert swarm.say(PREVIOUS, "p0", replace(HIDDEN, turn=1), ONE) == []
     assert isinstance(only(swarm.say(PREVIOUS, "p0", replace(HIDDEN, turn=2), ONE)), Submit)
 
@@ -539,10 +538,19 @@ def test_the_double_catches_a_gap() -> None:
     session, told = swarm.opened()
     swarm.ask(session, [1, 2, 3])
     swarm.run()
-    session.cached = list(range(20))
-    swarm.carry_out(session, session.generate(Turn(20, (1,), 1, Sampling(), ())))
+    host = swarm.hosts[PeerId("p1")]
+    host.model.poison(host.ledger.tables.blocks(session.key))
+    swarm.ask(session, [1, 2, 3, *told.tokens, 4])
+    with pytest.raises(AssertionError, match="a gap in the KV"):
+        swarm.run()
+
+
+def test_a_turn_above_what_the_stages_have_is_refused_by_the_first() -> None:
+    swarm = Loopback((0, 2), (2, 6))
+    session, _ = swarm.opened()
+    swarm.ask(session, [1, 2, 3])
     swarm.run()
-    assert told.error is not None
-    assert "gap" in str(told.error)
-    assert not isinstance(told.error, PeerLost)
-    swarm.check_clean()
+    head, feed = swarm.hosts[PeerId("p0")], Tokens(session.key, 0, 1, 20, True)
+    assert failure(swarm.say(CLIENT, "p0", feed, ONE)) == "gap"
+    assert head.ledger.tables.length(session.key) == 6
+    assert not head.steps

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from hexswarm import client as module
 from hexswarm.client import AsyncClient
 from hexswarm.conversation import Answer
 from hexswarm.errors import (
@@ -188,8 +187,11 @@ def test_a_dead_peer_leads_to_the_next_best_route(seen_by: str) -> None:
 async def test_refused_by_all_is_said_as_it_was() -> None:
     async with client(*THREE) as (w, c):
         w.peers[1].server.carry_out(w.peers[1].host.table.drain(1.0))
+        began_s = asyncio.get_running_loop().time()
         with pytest.raises(Refused, match="about to leave"):
             await c.generate(PROMPT, max_new_tokens=3)
+        waited_s = asyncio.get_running_loop().time() - began_s
+        assert 25 < waited_s < 31, "somebody might have come"
 
 
 @scenario
@@ -211,14 +213,14 @@ async def test_a_stage_that_does_not_answer() -> None:
 
 
 @scenario
-async def test_a_peer_lost_in_mid_answer_is_named_and_forgotten() -> None:
+async def test_a_peer_lost_in_mid_answer_is_replaced_and_forgotten() -> None:
     async with client(*SPARED) as (w, c):
         stream = c.stream(PROMPT, max_new_tokens=50)
         await anext(stream)
         w.network.cut(PeerId("p1"))
-        with pytest.raises(PeerLost) as caught:
-            await _rest(stream)
-        assert caught.value.peer == "p1"
+        await _rest(stream)
+        assert list(stream.completion.ids) == answer(PROMPT, 50, 6)
+        assert stream.completion.route.stages[1].peer == "p3"
         again = await c.generate(PROMPT, max_new_tokens=3)
         assert again.route.stages[1].peer == "p3"
 
@@ -271,9 +273,10 @@ async def test_an_extension_that_nobody_answers_opens_a_new_session() -> None:
 async def test_a_stall_ends_the_session() -> None:
     """Everybody is alive and nothing comes: the caller is told, the stages are freed."""
     async with client(*THREE) as (w, c), c.conversation() as talk:
-        w.peers[1].device.step_s = 10 * module.STALL_S
-        with pytest.raises(NetworkError, match="no token for"):
+        w.peers[1].device.step_s = 1e5
+        with pytest.raises(PeerLost, match="does not finish its step") as caught:
             await talk.generate(PROMPT, max_new_tokens=3)
+        assert caught.value.peer == "p1"
         await w.settle()
         assert all(len(peer.host.table) == 0 for peer in w.peers)
         w.peers[1].device._timer.cancel()  # type: ignore[union-attr]

@@ -9,6 +9,7 @@ import pytest
 
 from hexswarm.errors import NoRoute
 from hexswarm.explained import (
+    repair_text,
     route_json,
     route_text,
     sums,
@@ -20,7 +21,7 @@ from hexswarm.explained import (
 )
 from hexswarm.records import PeerId, Route, RouteRequest, Span, Stage
 from hexswarm.router.explain import Budget, Explanation, Hop, Rejected
-from hexswarm.trace import SessionTrace
+from hexswarm.trace import Place, Repair, SessionTrace
 from tests.swarm.test_trace import A, B, trace, traced
 
 REQUEST = RouteRequest("m", 6, 4, 128, 64, tpot_s=0.05, percentile=95.0)
@@ -187,3 +188,14 @@ def test_a_trace_as_json() -> None:
     partial = trace_json(trace().with_measured({A: traced()}))
     assert partial["measured"] is None
     assert partial["rest_s"] is None
+
+
+def test_a_repair_is_told_in_one_line() -> None:
+    by = (Place(B, Span(10, 15)), Place(PeerId("peer-c"), Span(15, 20)))
+    repair = Repair((Place(A, Span(10, 20)),), by, 17, 1.44, "vanished")
+    text = repair_text(repair)
+    assert text == (
+        f"peer {A[-8:]} (layers 10-19): vanished; peers {B[-8:]} (layers 10-14), "
+        "peer-c (layers 15-19) took over after 1.4 s"
+    )
+    assert trace_text(replace(trace(), repairs=(repair,))).endswith(text)

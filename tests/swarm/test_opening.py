@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from hexswarm.client import AsyncClient
+from hexswarm.directory import SignedAnnouncement
 from hexswarm.errors import NoRoute, PeerLost, Refused
 from hexswarm.opening import not_promised
 from hexswarm.records import Load, PeerId, RouteRequest
 from hexswarm.runtime import OpenSession
 from tests.asking import PROMPT, SPARED, THREE, client, scenario
 from tests.loopback import MODEL
-from tests.world import World
+from tests.world import World, listen, turn
 
 
 def quiet(w: World, **queues_s: float) -> None:
@@ -144,3 +148,91 @@ def test_the_reason_is_told_once() -> None:
         assert "p1 refused: a step here takes 90 ms" in told.cause
         assert told.achievable == {}
     assert not_promised(request, PeerLost("p1", None, "is gone"), None).remedy == "try again"
+
+
+# --- patience -------------------------------------------------------------------------------------
+
+
+async def filled(w: World, seconds: float) -> None:
+    """All KV of p1 belongs to somebody else, for so long."""
+    blocks = w.runtime.open(w.route, MODEL, 1024)
+    await blocks.ready()
+    turn_ = turn([1, 2, 3], 1)
+    blocks.generate(turn_)
+    await listen(blocks)
+    asyncio.get_running_loop().call_later(seconds, blocks.close)
+
+
+@scenario
+async def test_one_waits_for_room() -> None:
+    """Refused as all are full, and served as soon as somebody has gone."""
+    async with client(*THREE) as (w, c):
+        await filled(w, 7.0)
+        began_s = asyncio.get_running_loop().time()
+        assert await ask(c, None) == ["p0", "p1", "p2"]
+        assert 5.0 < asyncio.get_running_loop().time() - began_s < 15.0
+
+
+@scenario
+async def test_patience_ends_with_the_refusal_and_its_time() -> None:
+    async with client(*THREE) as (w, c):
+        await filled(w, 100.0)
+        began_s = asyncio.get_running_loop().time()
+        with pytest.raises(Refused, match="full") as caught:
+            await ask(c, None)
+        assert 20.0 < asyncio.get_running_loop().time() - began_s <= 31.0
+        assert caught.value.code == "full"
+        await w.settle(100.0)
+
+
+@scenario
+async def test_what_will_never_fit_is_said_at_once() -> None:
+    async with client(*THREE) as (w, c):
+        for number, peer in enumerate(w.peers):
+            held = c._member.directory._records[peer.peer].announcement
+            small = replace(held, sequence=1, kv_tokens=8 if number == 1 else 1024)
+            c._member.directory.merge([SignedAnnouncement(small, 1e12, b"")])
+        began_s = asyncio.get_running_loop().time()
+        with contextlib.suppress(Refused, NoRoute):
+            await filled(w, 100.0)
+            await ask(c, None)
+        assert asyncio.get_running_loop().time() - began_s < 5.0
+        await w.settle(110.0)
+
+
+@scenario
+async def test_a_swarm_that_never_had_the_layers_is_said_at_once() -> None:
+    async with client((0, 2), (4, 6)) as (_, c):
+        began_s = asyncio.get_running_loop().time()
+        with pytest.raises(NoRoute):
+            await c.generate(PROMPT, max_new_tokens=3)
+        assert asyncio.get_running_loop().time() - began_s < 1.0
+
+
+@scenario
+async def test_layers_lost_a_moment_ago_are_waited_for() -> None:
+    async with client(*THREE) as (w, c):
+        w.network.cut(PeerId("p1"))
+
+        def back() -> None:
+            w.network.heal(PeerId("p1"))
+            held = c._member.directory._records[PeerId("p1")].announcement
+            newer = replace(held, sequence=held.sequence + 1)
+            c._member.directory.merge([SignedAnnouncement(newer, 1e12, b"")])
+
+        asyncio.get_running_loop().call_later(6.0, back)
+        done = await c.generate(PROMPT, max_new_tokens=3)
+        assert len(done.ids) == 3
+        assert asyncio.get_running_loop().time() < 10.0
+
+
+@scenario
+async def test_nobody_is_banned_for_what_a_neighbour_says() -> None:
+    async with client(*SPARED) as (w, c):
+        w.network.cut(PeerId("p1"), PeerId("p0"))
+        await ask(c, None)
+        assert len(c._planner.bans) == 0
+        w.network.cut(PeerId("p3"))
+        with pytest.raises((PeerLost, NoRoute, Refused)):
+            await ask(c, None)
+        assert c._planner.bans.strikes(PeerId("p3"), 0.0) == 1.0

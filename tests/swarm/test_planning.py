@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -328,3 +329,63 @@ async def test_a_cancelled_answer_leaves_no_trace() -> None:
         assert not c._tracer.folder.exists()
         with pytest.raises(UsageError, match="no trace"):
             await c.trace()
+
+
+# --- peers that failed ------------------------------------------------------------------------
+
+
+@scenario
+async def test_the_banned_are_done_without_where_that_can_be() -> None:
+    async with client(*SPARED) as (_, c):
+        planner = c._planner
+        planner.bans.strike(PeerId("p1"), 0.0, random.Random(1))
+        plan = await c.plan(8, 3)
+        assert plan.route.stages[1].peer == "p3"
+        assert plan.request.deny == frozenset(), "that is no wish of the request"
+        planner.bans.strike(PeerId("p3"), 0.0, random.Random(1))
+        plan = await c.plan(8, 3)
+        assert plan.route.stages[1].peer in ("p1", "p3"), "a banned one is better than none"
+
+
+@scenario
+async def test_one_on_probation_gets_few_sessions_and_some() -> None:
+    async with client(*SPARED) as (_, c):
+        planner, until_s = c._planner, 0.0
+        await c.plan(8, 3)
+        for _ in range(3):
+            until_s = planner.bans.strike(PeerId("p1"), until_s, random.Random(1))
+        await asyncio.sleep(until_s + 1.0)
+        chosen = [(await c.plan(8, 3)).route.stages[1].peer for _ in range(100)]
+        assert 0 < chosen.count(PeerId("p1")) < 20
+
+
+@scenario
+async def test_a_hole_is_planned_without_the_banned_and_with_them_if_need_be() -> None:
+    async with client(*SPARED, (2, 4)) as (_, c):
+        plan = await c.plan(8, 30)
+        middle = plan.route.stages[1].peer
+        others = sorted({"p1", "p3", "p4"} - {middle})
+        gone = frozenset({middle})
+        c._planner.bans.strike(PeerId(others[0]), 0.0, random.Random(1))
+        mended = await c._planner.replan(plan, gone, 20, 18, gone)
+        assert mended.route.stages[1].peer == others[1]
+        assert mended.request == replace(plan.request, tpot_s=None)
+        assert len(mended.budget().hops) == 3
+        deny = gone | {PeerId(others[1])}
+        mended = await c._planner.replan(plan, gone, 20, 18, deny)
+        assert mended.route.stages[1].peer == others[0]
+        with pytest.raises(NoRoute):
+            await c._planner.replan(plan, gone, 20, 18, deny | {PeerId(others[0])})
+
+
+@scenario
+async def test_a_stage_that_goes_on_need_not_be_in_the_directory() -> None:
+    async with client(*SPARED) as (_, c):
+        plan = await c.plan(8, 30)
+        c._member.directory.forget(PeerId("p0"))
+        gone = frozenset({plan.route.stages[1].peer})
+        mended = await c._planner.replan(plan, gone, 20, 18, gone)
+        assert mended.route.head.peer == "p0"
+        assert mended.budget().hops[0].peer == "p0"
+        with pytest.raises(NoRoute):
+            await c._planner.replan(plan, gone | {PeerId("p0")}, 20, 18, gone)

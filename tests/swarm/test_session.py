@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hexswarm import session as module
+from hexswarm import orders
 from hexswarm.errors import (
     LocalProtocolError,
     PeerLost,
@@ -20,6 +20,7 @@ from hexswarm.errors import (
     RemoteProtocolError,
     SessionClosed,
 )
+from hexswarm.instructions import Connect, EmitTraces, Fail, Send, Turn
 from hexswarm.messages import (
     Failed,
     GoAway,
@@ -35,7 +36,7 @@ from hexswarm.messages import (
 )
 from hexswarm.peer.admission import RESERVE_S
 from hexswarm.records import PeerId, Sampling
-from hexswarm.session import Connect, EmitTraces, Fail, Send, Session, Turn
+from hexswarm.session import Session
 from hexswarm.wire import Frame
 from tests.loopback import CLIENT, MODEL, VOCABULARY, Loopback, answer
 
@@ -97,7 +98,7 @@ def test_any_order_gives_the_same_answer(
 
 
 def test_long_prompts_are_sent_in_frames(ring: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PROMPT_FRAME_TOKENS", 8)
+    monkeypatch.setattr(orders, "PROMPT_FRAME_TOKENS", 8)
     session, told = ring.opened()
     ring.ask(session, list(range(29)))
     frames = 5 if len(ring.hosts) < 3 else 6

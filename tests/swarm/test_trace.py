@@ -15,7 +15,17 @@ from hypothesis import strategies as st
 from hexswarm.errors import UsageError
 from hexswarm.messages import Traced
 from hexswarm.records import PeerId, Span
-from hexswarm.trace import KEEP, HopTrace, SessionTrace, Shares, from_json, load, save
+from hexswarm.trace import (
+    KEEP,
+    HopTrace,
+    Place,
+    Repair,
+    SessionTrace,
+    Shares,
+    from_json,
+    load,
+    save,
+)
 
 A, B = PeerId("12D3KooWBmAwcd4PJNJvfV89HwE48nwkRmAgo8Vy3uQAAAAAAAA"), PeerId("peer-BBBBBBBB")
 
@@ -127,3 +137,14 @@ def test_a_damaged_trace(tmp_path: Path, text: str) -> None:
     (tmp_path / "0123abcd.json").write_text(text)
     with pytest.raises(UsageError, match="cannot be read"):
         load(tmp_path, "last")
+
+
+def test_repairs_are_kept_and_older_traces_have_none(tmp_path: Path) -> None:
+    by = (Place(B, Span(0, 2)), Place(PeerId("c"), Span(2, 3)))
+    repair = Repair((Place(A, Span(0, 3)),), by, 17, 1.4, "vanished")
+    made = trace(repairs=(repair,))
+    save(tmp_path, made)
+    assert load(tmp_path, "last") == made
+    document = trace().to_json()
+    del document["repairs"]
+    assert from_json(document) == trace()
