@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="hexswarm",
         description="Large language models on GPUs that volunteers own.",
-        epilog="Every peer of a route can read the text it computes; see README, Privacy.",
+        epilog="Every peer of a route can read the text it computes; see README.",
     )
     parser.add_argument("--version", action="version", version=f"hexswarm {__version__}")
     parser.add_argument("-v", "--verbose", action="count", default=0, help="say more on stderr")

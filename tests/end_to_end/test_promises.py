@@ -10,6 +10,7 @@ import pytest
 
 from hexswarm.blocking import Client
 from hexswarm.client import AsyncClient
+from hexswarm.config import ClientConfig
 from hexswarm.errors import NoRoute, Refused
 from hexswarm.planning import Plan
 from hexswarm.runtime import OpenSession
@@ -24,11 +25,12 @@ PROMPT = [5, 6, 7]
 
 @contextlib.asynccontextmanager
 async def two_clients(local: LocalSwarm) -> AsyncIterator[tuple[AsyncClient, AsyncClient]]:
-    """One cannot know what the other was told."""
+    """One cannot know what the other was told; neither waits for what it cannot have now."""
+    known = tuple(local.bootstrap)
     homes = [local.home / name for name in ("promised-a", "promised-b")]
     async with (
-        AsyncClient(local.bootstrap, model=local.model, home=homes[0]) as one,
-        AsyncClient(local.bootstrap, model=local.model, home=homes[1]) as other,
+        AsyncClient(config=ClientConfig(known, homes[0], model=local.model, patience_s=0)) as one,
+        AsyncClient(config=ClientConfig(known, homes[1], model=local.model, patience_s=0)) as other,
     ):
         yield one, other
 
