@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import random
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
@@ -50,6 +51,8 @@ from hexswarm.version import __version__
 
 if TYPE_CHECKING:
     import numpy as np
+
+log = logging.getLogger(__name__)
 
 STALE_S = 30.0
 """A request waits for a fresh reading of the directory if the last one is older than this; the
@@ -210,7 +213,7 @@ class AsyncClient:
     async def snapshot(self) -> Snapshot:
         """Who serves what, as known now."""
         await self.start()
-        await self._member.refresh(self.spec_digest, older_s=STALE_S)
+        await self._look()
         return self._planner.snapshot()
 
     async def plan(self, prompt_tokens: int, new_tokens: int = 256, **wishes: Any) -> Plan:
@@ -232,7 +235,7 @@ class AsyncClient:
         checked = Wishes(**wishes)
         await self.start()
         self.check_context(prompt_tokens, new_tokens)
-        await self._member.refresh(self.spec_digest, older_s=STALE_S)
+        await self._look()
         spec = self.folder.spec
         return without_habits(self._planner.request(spec, prompt_tokens, new_tokens, checked))
 
@@ -287,11 +290,18 @@ class AsyncClient:
         if prompt_tokens + new_tokens > limit:
             raise ContextTooLong(prompt_tokens, new_tokens, limit)
 
+    async def _look(self) -> None:
+        """Read the directory if the last reading is old; an old view is better than no answer."""
+        try:
+            await self._member.refresh(self.spec_digest, older_s=STALE_S)
+        except Exception as error:  # hivemind raises many kinds
+            log.warning("reading the directory failed: %r", error)
+
     async def _open(
         self, prompt_tokens: int, new_tokens: int, wishes: Wishes, *, client_loop: bool = False
     ) -> tuple[OpenSession, Plan]:
         """A session with room for prompt and answer, along the best route that accepts it."""
-        await self._member.refresh(self.spec_digest, older_s=STALE_S)
+        await self._look()
         request = self._planner.request(self.folder.spec, prompt_tokens, new_tokens, wishes)
         return await self._opener.open(request, self.config.connect_s, client_loop=client_loop)
 

@@ -317,6 +317,7 @@ class Mender:
         machine = ward.session.machine
         pause_s, attempt_s, why = PAUSE_S[0], ATTEMPT_S, None
         while ward.alive and machine.mending:
+            self._member.transport.check()  # cut off from all, there is nobody to mend it with
             if self._too_late(ward):
                 ward.session.give_up(self._lost_for_good(ward, why))
                 return
@@ -382,8 +383,7 @@ class Mender:
         silent = [stage.peer for stage in ward.session.machine.silent]
         links, now = self._member.links, self._clock.monotonic()
         for suspects in (
-            [peer for peer in silent if not links.connected(peer)],
-            [peer for peer in silent if self._pulse.silent(peer, now)],
+            [p for p in silent if not links.connected(p) or self._pulse.silent(p, now)],
             [peer for peer in silent if peer not in ward.promised_s],
         ):
             if suspects:

@@ -98,7 +98,8 @@ class Opener:
     ) -> tuple[OpenSession, Plan]:
         """A session for `request` and the plan that it follows; waits for room if need be.
 
-        Raises NoRoute; Refused or PeerLost: the last refusal, once others have been tried.
+        Raises NoRoute; Refused or PeerLost: the last refusal, once others have been tried;
+        NetworkError if this process is cut off from all of them.
         """
         give_up_s = self._clock.monotonic() + self._patience_s
         why: HexswarmError | None = None
@@ -110,6 +111,7 @@ class Opener:
                 # That nobody is left to ask says less than what the last one said.
                 why = why if why is not None and isinstance(error, NoRoute) else error
                 wait_s = self._again_s(request, error)
+            self._member.transport.check()  # cut off from all, waiting does not help
             if wait_s is None or self._clock.monotonic() + wait_s >= give_up_s:
                 raise why
             log.log(level, "%s; trying again in %.1f s", why.cause, wait_s)
@@ -147,7 +149,10 @@ class Opener:
             if load.free_kv_tokens < request.kv_tokens:
                 guess = replace(load, free_kv_tokens=request.kv_tokens)
                 self._runtime.loads[peer] = now, guess
-        await self._member.refresh(request.model)
+        try:
+            await self._member.refresh(request.model)
+        except Exception as error:  # hivemind raises many kinds; the view stays old
+            log.warning("reading the directory failed: %r", error)
 
     async def _open(
         self, request: RouteRequest, connect_s: float, client_loop: bool

@@ -58,6 +58,8 @@ log = logging.getLogger(__name__)
 
 ROUNDS = 4
 """Of measuring and choosing again; then the best route is taken with what is known."""
+MEASURE_ALL_S = 4.0
+"""All rounds together: in a swarm that is far away and new to us four would take ten seconds."""
 MEASURE_S = 3.0
 """One round of measuring: a dial and three round trips of the longest ways on earth."""
 REPAIR_MEASURE_S = 0.3
@@ -182,7 +184,10 @@ class Planner:
         except NoRoute:
             if once:
                 raise
-            await self._member.refresh(request.model)  # a peer may have come since
+            try:
+                await self._member.refresh(request.model)  # a peer may have come since
+            except Exception as error:  # hivemind raises many kinds; the view stays old
+                log.warning("reading the directory failed: %r", error)
             return await self._avoiding(request)
 
     async def _avoiding(self, request: RouteRequest) -> Plan:
@@ -259,10 +264,12 @@ class Planner:
         return view, replace(request, deny=request.deny | away)
 
     async def _plan(self, request: RouteRequest) -> Plan:
+        until_s = self._clock.monotonic() + MEASURE_ALL_S
         for left in reversed(range(ROUNDS + 1)):
-            view = self.snapshot()
+            view, now = self.snapshot(), self._clock.monotonic()
+            left = left if now < until_s else 0
             try:
-                route = find_route(view, request, self._clock.monotonic(), self._rng)
+                route = find_route(view, request, now, self._rng)
             except NoRoute as error:
                 ways = self._ways_of_best(view, request, error)
                 if not ways or not left:
@@ -271,7 +278,8 @@ class Planner:
                 ways = {*route.unmeasured}
                 if not ways or not left:
                     break
-            await self._measure(view, request.model, ways)
+            within_s = min(MEASURE_S, max(until_s - self._clock.monotonic(), REPAIR_MEASURE_S))
+            await self._measure(view, request.model, ways, within_s)
         return Plan(view, request, route)
 
     def _ways_of_best(self, view: Snapshot, request: RouteRequest, error: NoRoute) -> set[Pair]:

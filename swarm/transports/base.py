@@ -61,6 +61,9 @@ class Transport(Protocol):
     async def listen(self, handler: Handler) -> None:
         """From now on run `handler` for each incoming stream."""
 
+    def check(self) -> None:
+        """Raise NetworkError if it cannot carry anything any more, to anybody."""
+
     def hang_up(self, peer: PeerId) -> None:
         """End the connection to `peer` with every stream on it, soon; it may call again.
 

@@ -255,6 +255,10 @@ class Libp2pTransport:
             async with asyncio.timeout(DIAL_S):
                 await self.p2p._client.disconnect(load_hivemind().PeerID.from_base58(peer))
 
+    def check(self) -> None:
+        if self.p2p._child is not None and self.p2p._child.returncode is not None:
+            raise NetworkError("the libp2p daemon has died", remedy="start again")
+
     async def died(self) -> None:
         """Wait for an end of the daemon that is not our doing. Raises NetworkError then."""
         await self.p2p._child.wait()

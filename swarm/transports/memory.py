@@ -179,6 +179,9 @@ class MemoryTransport:
     async def listen(self, handler: Handler) -> None:
         self._handler = handler
 
+    def check(self) -> None:
+        """It always can."""
+
     def hang_up(self, peer: PeerId) -> None:
         for stream in [stream for stream in self._streams if stream.remote == peer]:
             stream.close()
