@@ -22,13 +22,14 @@ export PROMPT
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env demo test lab lint typecheck bench clean force
+.PHONY: help env demo test lab world lint typecheck bench clean force
 
 help:
 	@echo 'make env        create $(VENV) with the tested versions and hexswarm itself'
 	@echo 'make demo       a swarm of real processes on this machine answers PROMPT="..."'
 	@echo 'make test       the test suite; ARGS="-k name" chooses'
 	@echo 'make lab        tests on an emulated wide-area network; needs root and netlab, else skips'
+	@echo 'make world      a thousand seeds of the simulated world, in which everything goes wrong'
 	@echo 'make lint       ruff: rules and format'
 	@echo 'make typecheck  mypy --strict on the parts that are held to it'
 	@echo 'make bench      measure against plain transformers on this machine'
@@ -46,6 +47,9 @@ test: env
 # netlab is found by HEXSWARM_NETLAB, on PATH, or as shared/netlab beside the checkout.
 lab: env
 	$(BIN)/pytest -m lab tests/lab $(ARGS)
+
+world: env
+	$(BIN)/python tests/simulation/run.py --seeds $(or $(SEEDS),0:1000) --jobs 2
 
 lint: env
 	$(BIN)/ruff check .
