@@ -25,7 +25,8 @@ if str(ROOT) not in sys.path:
 
 from tqdm import tqdm  # noqa: E402
 
-from tests.simulation.world import Outcome, draw, play  # noqa: E402
+from tests.simulation.plans import draw  # noqa: E402
+from tests.simulation.world import Outcome, play  # noqa: E402
 
 EVENTS = 400
 

@@ -37,8 +37,9 @@ from hexswarm.peer.stage import StageTable
 from hexswarm.resume import Part
 from tests.simulation import invariants
 from tests.simulation.faults import FOREVER_S, Fault
+from tests.simulation.plans import Plan, draw
 from tests.simulation.run import again
-from tests.simulation.world import Outcome, Plan, draw, play
+from tests.simulation.world import Outcome, play
 
 pytestmark = pytest.mark.simulation
 

@@ -28,33 +28,23 @@ import logging
 import os
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from types import SimpleNamespace
+from dataclasses import dataclass, field
 from typing import Any
 
 import hexswarm.tracing
-from hexswarm.client import AsyncClient
-from hexswarm.config import ClientConfig
 from hexswarm.directory import ANNOUNCE_S, EXPIRE_S
-from hexswarm.errors import HexswarmError
 from hexswarm.peer.steps import Row, SessionKey
-from hexswarm.records import ModelSpec, PeerId, Span
-from hexswarm.runtime import SessionRuntime
-from tests.loopback import MODEL, VOCABULARY
+from hexswarm.records import PeerId
 from tests.simulation import faults, invariants, processes
 from tests.simulation.board import Board
-from tests.simulation.faults import Fault
+from tests.simulation.clients import SimulatedClient
 from tests.simulation.invariants import Ask, Judge, Listener
-from tests.simulation.peers import LEASE_S, Member, PeerSpec, SimulatedPeer, name_of
-from tests.simulation.processes import Process, ProcessClock
+from tests.simulation.peers import LEASE_S, PeerSpec, SimulatedPeer, name_of
+from tests.simulation.plans import FIRST_CLIENT, LAYERS, ROOMY, SETTLED_S, Plan, draw
+from tests.simulation.processes import Process
 from tests.simulation.stranger import Stranger
 from tests.simulation.wires import Trace, Wires
 
-SETTLED_S = 3.0
-LAYERS = 6
-SPANS = ((0, 2), (2, 4), (4, 6))
-FIRST_CLIENT = 50
 DEADLINE_S = 75.0
 """A request ends so long after it was made or the last fault ended, whichever is later."""
 SERVE_AGAIN_S = 2 * ANNOUNCE_S
@@ -62,35 +52,6 @@ AMPLE_S = 25.0
 """For a client to read a record that is shown: two periods, if one reading failed."""
 LOOK_S = 0.25
 """Period of looking at the rules."""
-ROOMY = 40
-"""Blocks that are enough for all requests of a seed at once."""
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What was drawn for a seed."""
-
-    seed: int
-    mild: bool
-    specs: tuple[PeerSpec, ...]
-    clients: tuple[int, ...]
-    victims: tuple[int, ...]
-    delay_s: float
-    faults_end_s: float
-    asks: tuple[Ask, ...]
-    faults: tuple[Fault, ...]
-    stops: frozenset[int]
-
-    def __str__(self) -> str:
-        kind = "mild" if self.mild else "wild"
-        peers = " ".join(
-            f"{s.number}:{s.span}" + "!" * (s.number in self.victims) for s in self.specs
-        )
-        asks = (
-            f"{a.at_s:6.2f} {a.style} by {a.client}, {len(a.prompt)}+{a.max_new}" for a in self.asks
-        )
-        lines = [f"seed {self.seed}, {kind}: peers {peers}", *asks, *map(str, self.faults)]
-        return "\n  ".join(lines)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,172 +69,6 @@ class Outcome:
     """Longest wait between tokens of each request that was answered while faults happened."""
     virtual_s: float
     lines: tuple[str, ...] = field(default=(), repr=False)
-
-
-def draw(seed: int, *, quiet: bool = False) -> Plan:
-    """The plan of a seed; a `quiet` one has no faults."""
-    rng = random.Random(f"world {seed}")
-    mild = quiet or rng.random() < 0.5
-    specs, victims = _draw_peers(rng, seed, mild)
-    clients = tuple(range(FIRST_CLIENT, FIRST_CLIENT + rng.randint(1, 2)))
-    end_s = SETTLED_S + rng.uniform(6.0, 22.0)
-    stops = frozenset({rng.randrange(VOCABULARY)} if rng.random() < 0.3 else ())
-    asks = tuple(_draw_ask(rng, n, clients, stops, end_s) for n in range(rng.randint(3, 6)))
-    wrong = faults.draw(rng, specs, clients, victims, SETTLED_S + 0.5, end_s, mild=mild)
-    return Plan(
-        seed=seed,
-        mild=mild,
-        specs=specs,
-        clients=clients,
-        victims=victims,
-        delay_s=rng.choice((0.002, 0.01, 0.04)),
-        faults_end_s=end_s,
-        asks=asks,
-        faults=() if quiet else wrong,
-        stops=stops,
-    )
-
-
-def _draw_peers(
-    rng: random.Random, seed: int, mild: bool
-) -> tuple[tuple[PeerSpec, ...], tuple[int, ...]]:
-    """Peers, and which of them may be harmed in a mild world: the others can serve alone."""
-    specs: list[PeerSpec] = []
-    victims: list[int] = []
-    for first, end in SPANS:
-        for copy in range(rng.randint(2, 3)):
-            if copy and (mild or rng.random() < 0.7):
-                victims.append(len(specs))
-            blocks = ROOMY if not copy else rng.choice((6, 16, ROOMY))
-            layer_s = 0.01 * rng.choice((1.0, 1.5, 2.0, 4.0))
-            if copy:  # often the better ones, so that they are used
-                layer_s /= rng.choice((1.0, 4.0, 4.0))
-            specs.append(PeerSpec(len(specs), Span(first, end), LAYERS, blocks, layer_s))
-    if rng.random() < 0.3:  # one that fits no scheme
-        span = Span(*rng.choice(((0, 4), (1, 5), (2, 6), (0, 6))))
-        victims.append(len(specs))
-        specs.append(PeerSpec(len(specs), span, LAYERS, rng.choice((6, ROOMY)), 0.003))
-    # Some have no room for a journal, or for a short one only.
-    rooms = random.Random(f"journals {seed}")
-    sizes = [rooms.choice((0, 100, 1 << 20, 1 << 20)) for _ in specs]
-    kept = (replace(spec, journal_bytes=size) for spec, size in zip(specs, sizes, strict=True))
-    return tuple(kept), tuple(victims)
-
-
-def _draw_ask(
-    rng: random.Random, number: int, clients: tuple[int, ...], stops: frozenset[int], end_s: float
-) -> Ask:
-    prompt = tuple(rng.randrange(VOCABULARY) for _ in range(rng.choice((1, 5, 12, 40))))
-    style = rng.choice(("whole", "whole", "whole", "talk", "cancel", "logits"))
-    at_s = rng.uniform(SETTLED_S + 0.1, SETTLED_S + 0.6 * (end_s - SETTLED_S))
-    return Ask(number, rng.choice(clients), at_s, prompt, rng.randint(8, 40), style, stops)
-
-
-class Letters:
-    """A tokenizer of one letter a token."""
-
-    def __init__(self, stops: frozenset[int]) -> None:
-        self.stop_ids = stops
-
-    def encode_prompt(self, text: str) -> list[int]:
-        return [ord(letter) - 200 for letter in text]
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(chr(200 + number) for number in ids)
-
-
-class SimulatedClient:
-    """One process that asks, with the product's whole client in it."""
-
-    def __init__(self, number: int, world: World) -> None:
-        self.number, self.peer = number, name_of(number)
-        self.process = Process(f"client{number}")
-        self.killed = False
-        self.whole: list[tuple[float, bool]] = []
-        """When the swarm became whole for this client, or ceased to be."""
-        config = ClientConfig(home=Path("/nonexistent"))
-        self.transport = world.wires.transport(self.process, self.peer)
-        self.member = Member(config, ProcessClock(self.process), software="simulated")
-        made: Any = AsyncClient(["/ip4/1.2.3.4/tcp/5/p2p/x"], config=config)
-        clock = self.member.clock
-        self.runtime = made._runtime = SessionRuntime(clock)
-        made._member, made._clock = self.member, clock
-        made._tokenizer = Letters(world.plan.stops)
-        spec = ModelSpec(MODEL, "Integers", "None", LAYERS, 1, VOCABULARY, 400, 16)
-        made._folder = SimpleNamespace(spec=spec)
-        made._set_up(random.Random(f"client {world.plan.seed} {number}"))
-        self.member.enter(
-            self.transport,
-            world.board,
-            self.runtime.on_frames,
-            self.runtime.on_lost,
-            config.silence_s,
-        )
-        self.runtime.links = self.member.links
-        self.client: AsyncClient = made
-
-    async def start(self) -> None:
-        await self.member.begin(listen=False)
-        self.member.follow(MODEL)
-        with contextlib.suppress(HexswarmError):
-            await self.member.refresh(MODEL)
-        self.client._planner.start()
-
-    async def ask(self, ask: Ask) -> None:
-        """Have it answered; what comes is written into it."""
-        now = asyncio.get_running_loop().time
-        try:
-            match ask.style:
-                case "logits":
-                    await self._logits(ask)
-                case "talk":
-                    await self._talk(ask)
-                case _:
-                    await self._stream(ask)
-            ask.done = True
-        except HexswarmError as error:
-            ask.error = error
-        finally:
-            if self.killed:
-                ask.abandoned, ask.error = True, None
-            ask.ended_s = now()
-
-    async def _take(self, answer: Any, ask: Ask, most: int = 1 << 20) -> None:
-        async for piece in answer:
-            for letter in piece:
-                ask.got.append(ord(letter) - 200)
-                ask.arrivals_s.append(asyncio.get_running_loop().time())
-            if len(ask.got) >= most:
-                await answer.aclose()
-                return
-
-    async def _stream(self, ask: Ask) -> None:
-        answer = self.client.stream(ask.prompt, max_new_tokens=ask.max_new, seed=1)
-        most = 1 + len(ask.prompt) % 7 if ask.style == "cancel" else 1 << 20
-        await self._take(answer, ask, most)
-        if ask.style != "cancel":
-            ids = list(answer.completion.ids)
-            ask.got += ids[len(ask.got) :]  # the stop token has no letter
-
-    async def _talk(self, ask: Ask) -> None:
-        """Two turns; the second says all of the first, and a little more."""
-        async with self.client.conversation() as talk:
-            half = max(1, ask.max_new // 2)
-            answer = talk.stream(ask.prompt, max_new_tokens=half, seed=1)
-            await self._take(answer, ask)
-            ids = list(answer.completion.ids)
-            ask.got += ids[len(ask.got) :]
-            again = [*ask.prompt, *ids, 5, 6, 7]
-            answer = talk.stream(again, max_new_tokens=half, seed=1)
-            await self._take(answer, ask)
-            more = list(answer.completion.ids)
-            ask.got += more[len(ask.got) - len(ids) :]
-
-    async def _logits(self, ask: Ask) -> None:
-        async with contextlib.aclosing(self.client.logits(ask.prompt, ask.max_new)) as steps:
-            async for row in steps:
-                ask.got.append(int(row.argmax()))
-                ask.arrivals_s.append(asyncio.get_running_loop().time())
 
 
 class World:
