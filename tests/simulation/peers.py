@@ -7,7 +7,7 @@ Real are `StageTable`, `PeerServer`, `Engine` (admission, leases, scheduler, loa
   is over, so that whatever happens meanwhile (a session closes, a route is rewired) happens to a
   batch that runs. A stopped process computes nothing: its timers do not run.
 - `Cells`: the runner is `tests.loopback.IntegerModel`, whose KV cells are poisoned when a block is
-  leased; a gap in the KV raises. It also keeps the account of what was computed for the
+  erased; a gap in the KV raises. It also keeps the account of what was computed for the
   invariants.
 - the DHT (`board.py`) and the network below the frames (`wires.py`).
 
@@ -126,15 +126,11 @@ class Cells:
         """(session, epoch, turn, position) -> how often."""
         self._clock = clock
         self._on_row = on_row
-        self.holds: Callable[[SessionKey], bool] = lambda session: True
 
     def run(self, batch: Batch) -> Sequence[Result]:
         self._clock.ended()
         results = []
         for row in batch.rows:
-            if not self.holds(row.session):  # closed while it was computed: its cells are others'
-                results.append(Result(row, error="closed"))
-                continue
             self._on_row(row)
             results.append(self.model.run(row))
         return results
@@ -170,7 +166,6 @@ class VirtualEngine(Engine):
         self._device = DeviceClock(clock)
         self.tables = BlockTables(spec.blocks, lease_s=LEASE_S)
         self.cells = Cells(spec, self._device, on_row)
-        self.cells.holds = lambda session: session in self.tables._holders
         self._spec = spec
         self.slow = 1.0
         """Times as long as announced."""
@@ -182,7 +177,15 @@ class VirtualEngine(Engine):
         scheduler = Scheduler(policy, self.tables.blocks, times=times)
         pace = Pace(spec.speed, spec.span, spec.layers)
         runner, tables = self.cells, self.tables
-        super().__init__(runner, scheduler, tables, clock=self._device, deliver=deliver, pace=pace)
+        super().__init__(
+            runner,
+            scheduler,
+            tables,
+            clock=self._device,
+            deliver=deliver,
+            pace=pace,
+            forget=runner.model.poison,
+        )
 
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -197,17 +200,6 @@ class VirtualEngine(Engine):
     def alive(self) -> bool:
         return not self._stopping
 
-    def open(self, session: SessionKey, tokens: int) -> Any:
-        lease = super().open(session, tokens)
-        self.cells.model.poison(lease.blocks)
-        return lease
-
-    def extend(self, session: SessionKey, tokens: int) -> Any:
-        held = set(self.tables.blocks(session))
-        lease = super().extend(session, tokens)
-        self.cells.model.poison(set(lease.blocks) - held)
-        return lease
-
     def submit(self, steps: Any) -> None:
         super().submit(steps)
         self._go_on()
@@ -217,6 +209,8 @@ class VirtualEngine(Engine):
         if self._computing is not None or self._stopping:
             return
         assert self._loop is not None
+        if self._ended:  # as the device does between two batches
+            self._erase()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
