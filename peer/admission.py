@@ -11,7 +11,9 @@ round trip to the farthest stage before its prompt may go; and the lease's own t
 300 s of KV for nothing is what a crowd of clients that try several routes would fill a swarm with.
 
 Asking again (a longer lease, another route) does not prolong a reservation: a client that only
-ever asks holds nothing for longer than the rest of us would wait.
+ever asks holds nothing for longer than the rest of us would wait. Nor is it judged anew, as long as
+it asks for the same: when another stage of its route was lost, the session lives on here with what
+it was promised, and a peer that is busier by now must not make the loss larger.
 
 One client may lease the whole pool as long as nobody else wants any of it: KV that lies idle helps
 nobody, and most peers serve few. Once another was refused for want of KV, it *waits*, for as long
@@ -59,6 +61,10 @@ MAX_WAITING = 1024
 
 AGAIN_S = WINDOW_S
 """When to ask again after a promise was refused: the load is another then."""
+UNREACHABLE_S = 2.0
+"""The same after a neighbour could not be dialled, which may have been a moment's trouble."""
+LEAVING_S = 5.0
+"""And of a peer that drains: by then somebody else may serve its layers, or it is back."""
 
 
 class Ledger(Protocol):
@@ -101,6 +107,8 @@ class Admission:
 
     def __init__(self, hosted: Hosted, ledger: Ledger) -> None:
         self.draining = False
+        self._gone_s = math.inf
+        """When the peer will have left, if it knows."""
         self._hosted = hosted
         self._ledger = ledger
         self._reserved: dict[SessionKey, float] = {}
@@ -117,6 +125,10 @@ class Admission:
         """When the next reservation ends; never, if there is none."""
         return next(iter(self._reserved.values()), math.inf)
 
+    def drain(self, gone_s: float = math.inf) -> None:
+        """Let nobody in any more; the peer will be gone at `gone_s`."""
+        self.draining, self._gone_s = True, gone_s
+
     def admit(
         self, client: PeerId, message: Open, held: StageSession | None, sessions: int, now: float
     ) -> Refuse | None:
@@ -124,15 +136,15 @@ class Admission:
 
         `held` is the session if it is open already, `sessions` how many the client has here.
         """
-        longer = held is not None and held.epoch == message.epoch
-        refusal = self._why_not(client, message, held, sessions)
+        promised = held is not None and _same(held, message)
+        refusal = self._why_not(client, message, held, sessions, now)
         refusal = refusal or self._beyond_share(client, message, now)
-        if refusal is None and not longer:
+        if refusal is None and not promised:
             refusal = self._breach(message, now)
         refusal = refusal or self._lease(client, message, held, now)
         if refusal is not None:
             return self.refuse(message, refusal, now)
-        if longer:  # it keeps what was promised
+        if promised:  # it keeps that
             self._promises.wake(message.session, now)
         else:
             self._promises.hold(*self._asked(message), now)
@@ -161,14 +173,18 @@ class Admission:
                 del self._blocks[held.client]
         self._ledger.close(session)
 
-    def overdue(self, now: float) -> list[SessionKey]:
-        """Sessions not begun in time, or at rest on what others wait for; `end` frees them."""
+    def overdue(self, now: float) -> list[tuple[SessionKey, str]]:
+        """Sessions not begun in time, or at rest on what others wait for, and the reason; `end`
+        frees them."""
         late = []
         for session, due_s in self._reserved.items():
             if due_s > now:
                 break
             late.append(session)
-        return [*late, *self._squatting(late, now)]
+        waited = f"nothing came within {RESERVE_S:.0f} s of its opening"
+        rested = f"it rested for {IDLE_S:.0f} s while others wait for KV"
+        squatting = self._squatting(late, now)
+        return [*((key, waited) for key in late), *((key, rested) for key in squatting)]
 
     def grant(self, message: Open, now: float) -> Opened:
         load = self._load(message, now)
@@ -188,13 +204,14 @@ class Admission:
         return self._promises.foreseen(speed, load, layers, now, without=message.session)
 
     def _why_not(
-        self, client: PeerId, message: Open, held: StageSession | None, sessions: int
+        self, client: PeerId, message: Open, held: StageSession | None, sessions: int, now: float
     ) -> Refusal | None:
         hosted = self._hosted
         if held is not None and (held.client != client or message.epoch < held.epoch):
             return "invalid", "the session is not open to you", 0.0
         if self.draining and held is None:
-            return "draining", "the peer is about to leave", 0.0
+            retry_s = max(1.0, min(LEAVING_S, self._gone_s - now))
+            return "draining", "the peer is about to leave", retry_s
         if message.digest != hosted.digest:
             return "model", "another model is served here", 0.0
         if message.first >= message.end or not hosted.span.covers(message.span):
@@ -287,6 +304,13 @@ class Admission:
         held = self._held.setdefault(message.session, _Held(client, 0, now))
         self._blocks[client] += max(0, blocks - held.blocks)
         held.blocks = max(held.blocks, blocks)
+
+
+def _same(held: StageSession, message: Open) -> bool:
+    """It asks for a longer lease, or for another route with the same part here."""
+    if held.epoch == message.epoch:
+        return True
+    return held.span == message.span and held.opened.step_s == message.step_s
 
 
 def _fields(load: Load) -> tuple[float, float, float, int]:

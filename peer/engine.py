@@ -21,9 +21,11 @@ the blocks were erased there (`forget`).
 
 Failures. A step that leaves a gap, exceeds its lease, or belongs to no session gives a
 `Result.error` for its session only. If the runner raises (out of memory included), one line is
-logged (the traceback once per kind), the rows of that batch are tried once more, each by itself, so
-that what one session brought takes no other along, and those that raise again fail. Nothing is
-tried a third time, and the thread lives on: a volunteer who starts a game must not lose the peer.
+logged (with the way to where it was raised once per kind; an exception's own words may quote what
+somebody wrote, and are for those who debug), the rows of that batch are tried once more, each by
+itself, so that what one session brought takes no other along, and those that raise again fail.
+Nothing is tried a third time, and the thread lives on: a volunteer who starts a game must not lose
+the peer.
 A row that fails after its session was taken back behind it (a new turn, another route) is nobody's
 concern: what has been submitted since then stays.
 """
@@ -33,6 +35,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
@@ -354,12 +357,13 @@ class Engine:
         new = type(error) not in self._crash_kinds
         self._crash_kinds.add(type(error))
         log.error(
-            "a batch of %d rows (%d tokens) failed: %r",
+            "a batch of %d rows (%d tokens) failed: %s%s",
             len(batch.rows),
             batch.tokens,
-            error,
-            exc_info=error if new else None,
+            type(error).__name__,
+            _raised_at(error) if new else "",
         )
+        log.debug("it said: %r", error)
 
     def _post(self, results: list[Result]) -> None:
         assert self._loop is not None, "start() comes before submit()"
@@ -377,6 +381,12 @@ def _resolve(call: Callable[[], Any], future: Future[Any]) -> None:
         future.set_result(call())
     except Exception as error:
         future.set_exception(error)
+
+
+def _raised_at(error: BaseException) -> str:
+    """The way to where it was raised, in lines of code: no values, no message."""
+    lines = traceback.format_tb(error.__traceback__)
+    return "\nTraceback (most recent call last):\n" + "".join(lines).rstrip()
 
 
 def _whole(step: Step) -> Row:

@@ -13,6 +13,9 @@ anything twice; so each step is judged before anything else happens:
 
 The content is remembered as a CRC-32 and its length, for the last `REMEMBERED` steps. That is proof
 against accidents, not against the predecessor: who may send any input at all needs no collision.
+Rejected: to keep the last payloads themselves and compare when one comes again. The sum takes 2.4
+us of 8 kB and 4.5 us of 16 kB, a fifth of what the stage table spends on a step and a thousandth of
+the step, while the payloads of 64 steps would be 1 MB a session.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class PeerServer:
         lookup may take, since a swarm of which half is gone must not hold us up.
         """
         deadline_s = self._clock.monotonic() + within_s
-        self.carry_out(self.table.drain(within_s))
+        self.carry_out(self.table.drain(within_s, self._clock.monotonic()))
         with contextlib.suppress(TimeoutError, HexswarmError):
             await asyncio.wait_for(announce(), min(ANNOUNCE_S, within_s))
         while len(self.table) and self._clock.monotonic() < deadline_s:

@@ -42,7 +42,7 @@ class StageSession:
     standing: bool = False
     """The route is new: nothing happens until the client says where to go on (`Resume`)."""
     early: dict[tuple[int, int, int], Early] = field(default_factory=dict)
-    """Input that was faster than the word, by turn, position and length."""
+    """Input that came too soon, by turn, position and length."""
     early_tokens: int = 0
     send_from: int = 0
     """The successor has everything below."""
@@ -112,15 +112,23 @@ class StageSession:
         self.send_from, self.end = send_from, end
         self.order.resume(start)
 
+    def ahead(self, turn: int, position: int) -> bool:
+        """Is that the step behind what the client knew, while some of this has still to come?
+
+        A ring may be faster than a replay: from what other stages kept a tail can choose the next
+        token before a newcomer has the input before it. More than one such step there cannot be.
+        """
+        return turn == self.turn and self.order.received < self.end == position
+
     def hold(self, peer: PeerId, message: Tokens | Hidden, payload: bytes, count: int) -> bool:
-        """Keep input for which the stage before has been told where to go on, and this one not.
+        """Keep input for which it is too soon: the client's word, or what comes before, is missing.
 
         False if that is more than the session can have; what came before is kept once.
         """
         what = (message.turn, message.position, count)
         if what in self.early:
             return True
-        if self.early_tokens + count > self.opened.kv_tokens:
+        if self.early_tokens + count > self.opened.kv_tokens or (self.early and not self.standing):
             return False
         self.early_tokens += count
         self.early[what] = (peer, message, payload)

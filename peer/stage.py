@@ -28,6 +28,7 @@ where it goes on, and what the journal has to send first (`peer/resume.py`).
 from __future__ import annotations
 
 import contextlib
+import math
 import zlib
 from collections.abc import Iterable
 from dataclasses import replace
@@ -58,9 +59,9 @@ from hexswarm.peer.actions import (
     Watch,
     number_siblings,
 )
-from hexswarm.peer.admission import RESERVE_S, Admission, Hosted, Ledger
+from hexswarm.peer.admission import UNREACHABLE_S, Admission, Hosted, Ledger
 from hexswarm.peer.journal import Journal
-from hexswarm.peer.resume import onward, repeat, replay, why_not
+from hexswarm.peer.resume import Allowance, afford, onward, repeat, replay, sendable, why_not
 from hexswarm.peer.sessions import StageSession
 from hexswarm.peer.steps import Activations, Result, SessionKey, Step, TailPolicy, ids_of
 from hexswarm.peer.tracing import UNMEASURED_S, Account
@@ -78,6 +79,7 @@ class StageTable:
         self._hosted = hosted
         self._ledger = ledger
         self._admission = Admission(hosted, ledger)
+        self._allowance = Allowance()
         self._sessions: dict[SessionKey, StageSession] = {}
         self._leaving: list[Account] = []
         """Of the decode steps in the batch that is being sent on."""
@@ -164,9 +166,8 @@ class StageTable:
     def _opened(self, session: StageSession, now: float) -> Send:
         """Grant, and say what is kept of the session: nothing, if it is new."""
         granted = self._admission.grant(session.opened, now)
-        done, kept = session.order.done, self.journal.start(session.key)
-        journal = done if kept is None else min(kept, done)
-        return Send(session.client, replace(granted, cached=done, journal=journal))
+        journal = sendable(self.journal, self._allowance, session, now)
+        return Send(session.client, replace(granted, cached=session.order.done, journal=journal))
 
     def dialled(self, key: SessionKey, epoch: int, ok: bool, now: float) -> list[Action]:
         """The way to the successor is open, or cannot be opened."""
@@ -178,7 +179,7 @@ class StageTable:
         reason = f"cannot reach the next peer {session.opened.successor[-8:]}"
         # What was computed here outlives a replacement that cannot be reached.
         ended = [] if session.order.done else self._end(session)
-        refuse = self._admission.refuse(session.opened, ("unreachable", reason, 0.0), now)
+        refuse = self._admission.refuse(session.opened, ("unreachable", reason, UNREACHABLE_S), now)
         return [Send(session.client, refuse), *ended]
 
     # --- input --------------------------------------------------------------------------------
@@ -193,10 +194,7 @@ class StageTable:
             return []
         if not payload or len(payload) % 4:
             return self._fail(session, "input", "a prompt of whole uint32 ids was expected")
-        count = len(payload) // 4
-        if session.standing:
-            return self._early(session, session.hold(peer, message, payload, count))
-        return self._take(session, message, count, payload, ids_of(payload), now)
+        return self._take(session, peer, message, len(payload) // 4, payload, now)
 
     def _hidden(self, peer: PeerId, message: Hidden, payload: bytes, now: float) -> list[Action]:
         session = self._fed(peer, message)
@@ -210,10 +208,7 @@ class StageTable:
         if len(payload) != size:
             text = f"{message.count} activations have {size} bytes, not {len(payload)}"
             return self._fail(session, "input", text)
-        if session.standing:
-            return self._early(session, session.hold(peer, message, payload, message.count))
-        activations = Activations(payload, message.dtype)
-        return self._take(session, message, message.count, payload, activations, now)
+        return self._take(session, peer, message, message.count, payload, now)
 
     def _fed(self, peer: PeerId, message: Tokens | Hidden) -> StageSession | None:
         """The session, if `peer` takes part in it before us."""
@@ -222,24 +217,25 @@ class StageTable:
             return None
         return session
 
-    def _early(self, session: StageSession, held: bool) -> list[Action]:
-        return [] if held else self._fail(session, "input", "more came than the session can have")
-
     def _take(
         self,
         session: StageSession,
+        peer: PeerId,
         message: Tokens | Hidden,
         count: int,
         payload: bytes,
-        content: object,
         now: float,
     ) -> list[Action]:
         """A step came in: begin with it if it is next."""
         order, position, last = session.order, message.position, message.last
+        if session.standing or session.ahead(message.turn, position):
+            if session.hold(peer, message, payload, count):
+                return []
+            return self._fail(session, "input", "more came than the session can have")
         digest, begins = zlib.crc32(payload), message.turn > session.turn
         verdict = order.judge(position, count, last, len(payload), digest, begins=begins)
         if verdict == "again":
-            return repeat(self.journal, session, position, count)
+            return repeat(self.journal, self._allowance, session, position, count, now)
         if verdict != "next":
             reason = order.complaint(verdict, position, count)
             return self._fail(session, verdict, reason) if reason else []
@@ -249,7 +245,19 @@ class StageTable:
         if order.fresh:
             self.journal.crop(session.key, position)
         order.take(position, count, last, len(payload), digest)
-        return [*actions, *self._step(session, message, count, content, now)]
+        content = (
+            ids_of(payload) if isinstance(message, Tokens) else Activations(payload, message.dtype)
+        )
+        actions += self._step(session, message, count, content, now)
+        whole = session.early and order.received >= session.end
+        return [*actions, *self._release(session, now)] if whole else actions
+
+    def _release(self, session: StageSession, now: float) -> list[Action]:
+        """Take what came too soon."""
+        actions: list[Action] = []
+        for sender, step, payload in session.release():
+            actions += self.on_frame(sender, Frame(step, payload), now)
+        return actions
 
     def _begin(self, session: StageSession, turn: int) -> list[Action]:
         """Go on to a newer turn; steps of the last one that wait are of no use any more."""
@@ -343,17 +351,16 @@ class StageTable:
         refusal = why_not(self.journal, session, message)
         if refusal:
             return self._fail(session, "gap", refusal)
+        if not afford(self.journal, self._allowance, session, message, now):
+            return self._fail(session, "full", "too much was sent again lately")
         self._admission.commit(session.key, now)
         self._renew(session)
         if message.turn > session.turn:
             session.begin(message.turn)
         session.resume(message.start, message.send_from, message.end)
         self.journal.crop(session.key, message.start)
-        actions: list[Action] = [Drop(session.key, message.start)]
-        actions += replay(self.journal, session)
-        for sender, step, payload in session.release():
-            actions += self.on_frame(sender, Frame(step, payload), now)
-        return actions
+        again = replay(self.journal, session)
+        return [Drop(session.key, message.start), *again, *self._release(session, now)]
 
     def _progress(self, peer: PeerId, message: AskProgress) -> list[Action]:
         session = self._owned(peer, message.session)
@@ -457,6 +464,7 @@ class StageTable:
     def on_lost(self, peer: PeerId) -> list[Action]:
         """A neighbour or client is gone: free what was the client's, report the rest to clients."""
         actions: list[Action] = []
+        self._allowance.lost(peer)
         for session in list(self._sessions.values()):
             if session.client == peer:
                 actions += self._end(session)
@@ -467,12 +475,12 @@ class StageTable:
         return actions
 
     def expire(self, now: float) -> list[Action]:
-        """End the leases that no step renewed, and the reservations that nothing followed."""
+        """End the leases that no step renewed, and what admission grants no longer."""
         actions: list[Action] = []
         for key in self._ledger.expire():
             actions += self._expired(key, "the lease ended without a step")
-        for key in self._admission.overdue(now):
-            actions += self._expired(key, f"nothing came within {RESERVE_S:.0f} s of its opening")
+        for key, reason in self._admission.overdue(now):
+            actions += self._expired(key, reason)
         return actions
 
     def _expired(self, key: SessionKey, reason: str) -> list[Action]:
@@ -481,9 +489,12 @@ class StageTable:
             return []
         return [*self._fail(session, "expired", reason), *self._end(session)]
 
-    def drain(self, exit_s: float) -> list[Action]:
-        """Refuse new sessions and ask the clients of the open ones to go elsewhere."""
-        self._admission.draining = True
+    def drain(self, exit_s: float, now: float | None = None) -> list[Action]:
+        """Refuse new sessions and ask the clients of the open ones to go elsewhere.
+
+        With `now`, who is refused learns how soon the peer will be gone.
+        """
+        self._admission.drain(math.inf if now is None else now + exit_s)
         clients = sorted({session.client for session in self._sessions.values()})
         return [Send(client, GoAway(exit_s)) for client in clients]
 

@@ -18,8 +18,11 @@ words on how far they are (`Progress`). Each catches what the others cannot:
 No false alarm on a busy machine matters as much as speed. `Pulse` therefore counts silence
 only while we listened ourselves (a loop that was held up for 3 s has heard nobody, and that is
 nobody's fault), asks for three pings, and takes longer where answers were late before: twice
-the longest silence that lately ended by itself. A stage that has just been put in place of another
-gets the time that its replay takes.
+the longest silence that lately ended by itself. So nobody is left who is at most twice as late as
+others, or it, were a while ago. Before the first token of a route, when prompts, replays and new
+links make peers busy, it takes `NEW_PATIENCE` times as long, unless all others answer promptly
+meanwhile: then answers are not late in general, only this one does not come. A stage that has just
+been put in place of another gets the time that its replay takes.
 
 Rejected: suspecting by silence alone (a long garbage collection at an idle moment would cost a
 repair that nobody needs); the phi-accrual detector (Hayashibara 2004), whose estimate needs a
@@ -52,7 +55,10 @@ COMPANION = 0.7
 """Who has been silent for this share of the time goes with one that was for the whole of it: those
 that were lost together are replaced together."""
 NEW_PATIENCE = 2.0
-"""Before the first token all take longer: prompts, replays and new links make a peer busy."""
+"""Before the first token all take longer: prompts, replays and new links make a peer busy. Not so
+where all others answer promptly."""
+PROMPT_S = 0.8
+"""Silence, beside the way, of one that answers its first ping in good time."""
 CALM_S = 60.0
 """Half-life of the memory of late answers."""
 ALONE_S = 4.0
@@ -116,6 +122,8 @@ class _Life:
     """Since then, as far as we listened."""
     pings: int = 0
     """Sent since then."""
+    asked_s: float = 0.0
+    """How long it had been quiet at the first of them."""
     pinged_s: float = -math.inf
 
 
@@ -127,6 +135,8 @@ class Pulse:
         self._beat_s: float | None = None
         self._worst_s = 0.0
         self._worst_at_s = 0.0
+        self._answers: deque[tuple[float, PeerId, float]] = deque()
+        """When who answered a ping lately, and how long it had been quiet."""
 
     def beat(self, now: float, silent_s: Mapping[PeerId, float]) -> list[PeerId]:
         """Take note of the links' silences; the peers to ping. Others are forgotten."""
@@ -135,6 +145,8 @@ class Pulse:
         self._beat_s = now
         for peer in self._lives.keys() - silent_s.keys():
             del self._lives[peer]
+        while self._answers and now - self._answers[0][0] > NEW_PATIENCE * MOST_SILENCE_S:
+            self._answers.popleft()
         return [
             peer for peer, quiet_s in silent_s.items() if self._note(peer, quiet_s, now, listened_s)
         ]
@@ -146,11 +158,15 @@ class Pulse:
             self._lives[peer] = life = _Life(heard_s)
         elif heard_s > life.heard_s + 1e-6:
             self._remember(life.quiet_s, now)
+            if life.pings:
+                self._answers.append((now, peer, life.quiet_s))
             self._lives[peer] = life = _Life(heard_s, min(silent_s, listened_s))
         else:
             life.quiet_s += listened_s
         if silent_s < PING_S or now - life.pinged_s < PING_S or math.isinf(silent_s):
             return False
+        if not life.pings:
+            life.asked_s = life.quiet_s
         life.pings += 1
         life.pinged_s = now
         return True
@@ -177,8 +193,28 @@ class Pulse:
         life = self._lives.get(peer)
         if life is None or life.pings < PINGS - (patience < 1.0):
             return False
-        usual_s = min(MOST_SILENCE_S, max(SILENCE_S, 2 * self._worst(now)))
-        return life.quiet_s >= patience * usual_s + rtt_s
+        most_s = min(1.0, patience) * MOST_SILENCE_S
+        usual_s = min(most_s, patience * max(SILENCE_S, 2 * self._worst(now)))
+        # Counted from the first ping, however late we sent it.
+        return life.quiet_s - life.asked_s >= usual_s - PING_S + rtt_s
+
+    def alone(self, peer: PeerId, rtts_s: Mapping[PeerId, float]) -> bool:
+        """Are answers prompt in general, as long as it has been quiet? Those of the others that
+        still can be; who is as silent as it is lost with it, and no witness of a busy machine."""
+        life = self._lives.get(peer)
+        if life is None:
+            return False
+        late = [
+            other.quiet_s - rtts_s.get(name, 0.0)
+            for name, other in self._lives.items()
+            if name != peer and other.quiet_s - other.asked_s <= SILENCE_S
+        ]
+        answers = [
+            quiet_s - rtts_s.get(name, 0.0)
+            for at_s, name, quiet_s in self._answers
+            if name != peer and at_s > life.heard_s
+        ]
+        return len(answers) >= PINGS - 1 and max(late + answers) <= PROMPT_S
 
     @property
     def peers(self) -> Collection[PeerId]:
@@ -327,13 +363,15 @@ class Detector:
 
     def _silent(self, now: float, pulse: Pulse, rtts_s: Mapping[PeerId, float]) -> list[PeerId]:
         """Stages that should have been heard by now, and those that were lost with them."""
-        patience = NEW_PATIENCE if self._first else 1.0
 
-        def those(share: float) -> list[PeerId]:
-            stages = self._stages
-            return [p for p in stages if pulse.silent(p, now, rtts_s.get(p, 0.0), share * patience)]
+        def missing(peer: PeerId, share: float) -> bool:
+            if self._first and not pulse.alone(peer, rtts_s):
+                share *= NEW_PATIENCE
+            return pulse.silent(peer, now, rtts_s.get(peer, 0.0), share)
 
-        return those(COMPANION) if those(1.0) else []
+        if not any(missing(peer, 1.0) for peer in self._stages):
+            return []
+        return [peer for peer in self._stages if missing(peer, COMPANION)]
 
     def _alone(self, silent: Sequence[PeerId], pulse: Pulse, waited_s: float) -> bool:
         """Nobody at all was heard, for so long that waiting longer does not help."""

@@ -61,8 +61,9 @@ FAREWELL_S = 5.0
 """So much longer than it said a peer that leaves may take to be gone."""
 DIAL_S = 2.0
 """For links to the peers to which a turn moves that could also stay."""
-WITNESSES = 2
-"""So many other neighbours tell a lost network from lost stages."""
+WITNESSES = 8
+"""So many other neighbours are pinged too: they tell a lost network from lost stages, and one that
+is silent does not take over."""
 
 
 class Mender:
@@ -183,7 +184,8 @@ class Mender:
 
     def _avoided(self, ward: Ward) -> frozenset[PeerId]:
         now = self._clock.monotonic()
-        return frozenset(peer for peer, until_s in ward.avoid.items() if until_s > now)
+        failed = {peer for peer, until_s in ward.avoid.items() if until_s > now}
+        return frozenset(failed | {p for p in self._pulse.peers if self._pulse.silent(p, now)})
 
     def _check_rumours(self, now: float) -> None:
         """Others called these lost: our own link to them decides."""

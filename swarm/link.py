@@ -37,6 +37,9 @@ class Link:
         self.since_s = now
         """When it was begun, later: when it was ready."""
         self.heard_s = now
+        """When something came last, or when its life began to matter: what its end is judged by."""
+        self.came_s = now
+        """When something came last."""
         self.used = False
         """It carried something for a session."""
         self.used_s = -math.inf

@@ -268,9 +268,10 @@ class Links:
         return False
 
     def silent_s(self, peer: PeerId) -> float:
-        """Seconds since anything came from `peer` that we could have heard; inf without a link."""
+        """Seconds since anything came from `peer`; inf without a link. Unlike `heard_s` this knows
+        nothing of when somebody began to listen, or was held up."""
         now = self._clock.monotonic()
-        return min((now - link.heard_s for link in self._links.get(peer, ())), default=math.inf)
+        return min((now - link.came_s for link in self._links.get(peer, ())), default=math.inf)
 
     def idle_since_s(self, peer: PeerId) -> float:
         """When a session last had to do with `peer`, -inf for never."""
@@ -350,7 +351,7 @@ class Links:
     def _join(self, link: Link) -> None:
         """Both lanes are there: use the link, and end those that it replaces."""
         now = self._clock.monotonic()
-        link.since_s = link.heard_s = now
+        link.since_s = link.heard_s = link.came_s = now
         for held in list(self._links.get(link.peer, ())):
             if held.dialled == link.dialled or now - held.since_s > HELLO_S:
                 self._drop(held, "began anew")
@@ -381,7 +382,7 @@ class Links:
             self._take(link, early, lane)
             await self._finish(link, decoder, lane)
             while (data := await stream.read(READ_BYTES)) and not link.closed:
-                now = link.heard_s = self._clock.monotonic()
+                now = link.heard_s = link.came_s = self._clock.monotonic()
                 frames = decoder.feed(data, now)
                 bytes_per_s = 0.0
                 if lane == BULK:

@@ -29,6 +29,7 @@ from hexswarm.messages import (
 from hexswarm.peer.actions import Action, Send, Watch
 from hexswarm.peer.admission import AGAIN_S, IDLE_S, MAX_WAITING, RESERVE_S, SHARE
 from hexswarm.records import Load, PeerId, Speed
+from hexswarm.wire import Frame
 from tests.loopback import CLIENT, MODEL, Host, Loopback
 
 KEY = b"k" * 16
@@ -75,6 +76,7 @@ def test_what_nobody_uses_is_freed_and_the_client_told() -> None:
     (failed,) = told(actions)
     assert isinstance(failed, Failed)
     assert (failed.code, failed.peer) == ("expired", "p0")
+    assert "opening" in failed.reason
     assert {action.peer for action in actions if isinstance(action, Watch)} == {
         *(CLIENT, PREVIOUS, NEXT)
     }
@@ -204,7 +206,7 @@ def test_an_answer_tells_of_those_whom_the_load_does_not_show() -> None:
     swarm.say(CLIENT, "p0", Close(second.session))
 
 
-def test_a_new_route_is_promised_anew_and_a_longer_lease_is_not() -> None:
+def test_what_is_asked_anew_is_judged_anew_and_the_same_on_another_route_is_not() -> None:
     swarm = Loopback((0, 6))
     host = swarm.hosts[PeerId("p0")]
     fast(host, Load())
@@ -212,14 +214,17 @@ def test_a_new_route_is_promised_anew_and_a_longer_lease_is_not() -> None:
     assert isinstance(answers(swarm, mine), Opened)
     host.ledger.load = Load(queue_s=0.1)
     assert isinstance(answers(swarm, replace(mine, kv_tokens=100)), Opened)
-    refused = answers(swarm, replace(mine, epoch=1))
-    assert isinstance(refused, Refuse)
-    assert refused.code == "slow"
+    mine = replace(mine, epoch=1, successor="elsewhere")
+    assert isinstance(answers(swarm, mine), Opened), "another stage of its route was lost"
+    for change in ({"step_s": 0.0015}, {"step_s": 0.0021}, {"first": 1}, {"end": 5}):
+        refused = answers(swarm, replace(mine, epoch=2, **change))  # type: ignore[arg-type]
+        assert isinstance(refused, Refuse)
+        assert refused.code == "slow"
     host.ledger.load = Load()
     other = answers(swarm, replace(MIDDLE, session=b"2" * 16))
     assert isinstance(other, Refuse)
     assert other.code == "busy", "the first promise holds"
-    assert isinstance(answers(swarm, replace(mine, epoch=1, step_s=0.0)), Opened)
+    assert isinstance(answers(swarm, replace(mine, epoch=2, step_s=0.0)), Opened)
     assert isinstance(answers(swarm, replace(MIDDLE, session=b"2" * 16)), Opened)
 
 
@@ -350,11 +355,27 @@ def test_a_squatter_loses_what_rests_and_nothing_that_runs() -> None:
     for key in busy:
         swarm.say(CLIENT, "p0", replace(GENERATE, session=key))
     assert isinstance(ask(swarm, STRANGER, 100, 128), Refuse)
-    ended = {m.session for m in told(expire(swarm, host, IDLE_S)) if isinstance(m, Failed)}
+    failures = [m for m in told(expire(swarm, host, IDLE_S)) if isinstance(m, Failed)]
+    ended = {m.session for m in failures}
     assert len(ended) == 4, "the pool's half is four of eight"
+    assert all("others wait" in m.reason for m in failures)
     assert ended.isdisjoint(busy)
     assert isinstance(ask(swarm, STRANGER, 100, 128), Opened)
     swarm.check()
+
+
+@pytest.mark.parametrize(("passed_s", "retry_s"), [(0.0, 5.0), (17.0, 5.0), (22.0, 3.0), (30, 1)])
+def test_who_comes_as_the_peer_leaves_is_told_when_it_will_be_gone(
+    passed_s: float, retry_s: float
+) -> None:
+    swarm = Loopback((0, 6))
+    host = swarm.hosts[PeerId("p0")]
+    host.table.drain(25.0, 100.0)
+    host.ledger.now = 100.0 + passed_s
+    made = host.table.on_frame(CLIENT, Frame(MIDDLE), host.ledger.now)
+    (refused,) = told(made)
+    assert isinstance(refused, Refuse)
+    assert (refused.code, refused.retry_s) == ("draining", retry_s)
 
 
 def test_a_huge_wish_costs_nothing() -> None:

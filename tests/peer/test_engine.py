@@ -250,6 +250,8 @@ def test_cropping_overwrites() -> None:
 
 
 def test_a_crash_fails_its_batch_and_the_thread_lives_on(caplog: pytest.LogCaptureFixture) -> None:
+    words = "what somebody wrote"
+
     async def main() -> None:
         async with bench() as b:
             for session in (A, B):
@@ -258,7 +260,7 @@ def test_a_crash_fails_its_batch_and_the_thread_lives_on(caplog: pytest.LogCaptu
             await b.results()
 
             def crash(batch: Batch) -> None:
-                raise MemoryError("CUDA out of memory")
+                raise MemoryError(words)
 
             b.runner.before = crash
             for _ in range(2):
@@ -276,7 +278,12 @@ def test_a_crash_fails_its_batch_and_the_thread_lives_on(caplog: pytest.LogCaptu
     with caplog.at_level(logging.ERROR, "hexswarm.peer.engine"):
         asyncio.run(main())
     assert len(caplog.records) == 2
-    assert [bool(record.exc_info) for record in caplog.records] == [True, False]
+    first, second = (record.getMessage() for record in caplog.records)
+    assert "failed: MemoryError\nTraceback" in first
+    assert "in crash\n" in first, "where it was raised"
+    assert second.endswith("failed: MemoryError")
+    assert words not in caplog.text
+    assert not any(record.exc_info for record in caplog.records)
 
 
 def test_one_row_that_makes_a_batch_fail_takes_no_other_along() -> None:

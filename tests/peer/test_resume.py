@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hexswarm.guests import BACKLOG_BYTES, PARTNER_BACKLOG_BYTES
 from hexswarm.messages import (
     AskProgress,
     Cancel,
@@ -31,9 +32,19 @@ from hexswarm.messages import (
 from hexswarm.peer.actions import BULK, STEP, Action, Dial, Drop, Send, Submit
 from hexswarm.peer.admission import Hosted
 from hexswarm.peer.cache import BlockTables
-from hexswarm.peer.journal import Journal
+from hexswarm.peer.journal import MOST_EACH_BYTES, Journal
 from hexswarm.peer.order import REMEMBERED
-from hexswarm.peer.resume import REPEAT_BYTES, REPLAY_BYTES
+from hexswarm.peer.resume import (
+    AGAIN_S,
+    ALL_BYTES,
+    CLIENT_BYTES,
+    NEIGHBOUR_BYTES,
+    REPEAT_BYTES,
+    REPLAY_BYTES,
+    REPLAYS,
+    Allowance,
+)
+from hexswarm.peer.sessions import StageSession
 from hexswarm.peer.stage import StageTable
 from hexswarm.peer.steps import Activations, Result, Row, Step
 from hexswarm.records import Load, PeerId, Span
@@ -82,11 +93,12 @@ class Stage:
         hosted = Hosted(PeerId("p0"), MODEL, Span(0, 6), 6, 1)
         self.table = StageTable(hosted, self.ledger, self.journal)
         self.opened = opened
+        self.now = 0.0
         self.waiting: list[Step] = []
         self.open(opened)
 
     def say(self, peer: PeerId, message: Message, payload: bytes = b"") -> list[Action]:
-        made = self.table.on_frame(peer, Frame(message, payload), 0.0)
+        made = self.table.on_frame(peer, Frame(message, payload), self.now)
         for action in made:
             if isinstance(action, Drop):
                 self.waiting.clear()
@@ -102,7 +114,7 @@ class Stage:
         """And the way to the successor comes about."""
         made = self.say(CLIENT, message)
         if any(isinstance(action, Dial) for action in made):
-            made += self.table.dialled(KEY, message.epoch, True, 0.0)
+            made += self.table.dialled(KEY, message.epoch, True, self.now)
         self.opened = message
         (answer,) = [action.message for action in made if isinstance(action, Send)]
         return answer
@@ -111,6 +123,14 @@ class Stage:
         answer = self.open(replace(self.opened, epoch=epoch, successor=successor))
         assert isinstance(answer, Opened)
         return answer
+
+    def keeps(self, rows: int, row_bytes: int) -> None:
+        """As if it had sent on as many large rows."""
+        self.answer(0, 1)
+        for position in range(rows):
+            self.journal.keep(KEY, position, 1, bytes(row_bytes), "float32")
+        self.table._sessions[KEY].order.done = rows
+        self.ledger.tables.write(KEY, 1, rows - 1, self.now)
 
     def step(
         self, position: int, count: int = 1, last: bool = True, epoch: int = 0, salt: int = 0
@@ -450,16 +470,11 @@ def test_a_newer_turn_sends_away_what_still_waits_of_the_last() -> None:
 
 def test_a_replay_comes_in_pieces_of_bounded_size() -> None:
     stage = Stage(replace(MIDDLE, kv_tokens=512), journal_bytes=1 << 24)
-    wide = bytes(8 * REPLAY_BYTES // 100)
-    stage.answer(0, 1)
-    for position in range(1, 100):
-        stage.journal.keep(KEY, position, 1, wide, "float32")
-    session = stage.table._sessions[KEY]
-    session.order.done = 100
+    stage.keeps(100, 8 * REPLAY_BYTES // 100)
     stage.reopen()
     made = sends(stage.say(CLIENT, Resume(KEY, 1, 0, 100, 0, 101)))
     assert all(len(send.payload) <= REPLAY_BYTES and send.lane == BULK for send in made)
-    assert [at for at, _, _ in spans(made)] == [0, *range(1, 100, 12)]
+    assert [at for at, _, _ in spans(made)] == [*range(0, 100, 12)]
 
 
 @given(
@@ -508,7 +523,173 @@ def test_the_successor_gets_what_it_lacks_once_and_in_order(
     assert stage.progress == (max(start, end), max(start, end))
 
 
+# --- how much is sent again -----------------------------------------------------------------------
+
+ROWS, ROW_BYTES = 500, 40_000
+
+
+def repaired(stage: Stage, epoch: int, successor: str) -> int:
+    """The stage before the hole in one more repair: so many bytes it sends again."""
+    told = stage.reopen(epoch, successor)
+    assert told.cached == ROWS, "whatever it may send, it keeps its KV"
+    if told.journal == told.cached:
+        return 0
+    made = sends(stage.say(CLIENT, Resume(KEY, epoch, 0, ROWS, 0, ROWS + 1)))
+    assert all(isinstance(send.message, Hidden) for send in made), "what it promised, it sends"
+    return sum(len(send.payload) for send in made)
+
+
+def test_some_repairs_in_a_row_have_the_journal_and_any_number_have_not() -> None:
+    """A client may say so as often as it likes, and name any neighbour; honest ones compute."""
+    stage = Stage(journal_bytes=1 << 26)
+    stage.keeps(ROWS, ROW_BYTES)
+    sent = []
+    for epoch in range(1, 101):
+        stage.now += 0.5
+        sent.append(repaired(stage, epoch, f"neighbour {epoch % 7}"))
+    whole = ROWS * ROW_BYTES
+    assert sent[:REPLAYS] == [whole] * REPLAYS
+    assert sum(sent) <= (2 * REPLAYS + 1) * whole
+    assert 0 in sent[:10]
+    stage.now += AGAIN_S
+    again = [repaired(stage, epoch, NEXT) for epoch in range(101, 101 + REPLAYS)]
+    assert again == [whole] * REPLAYS
+
+
+def test_who_wants_more_all_the_same_is_refused_and_nothing_changes() -> None:
+    stage = Stage(journal_bytes=1 << 26)
+    stage.keeps(ROWS, ROW_BYTES)
+    epoch = 1
+    while repaired(stage, epoch, OTHER):
+        epoch += 1
+    before = stage.state
+    assert failure(stage.say(CLIENT, Resume(KEY, epoch, 0, ROWS, 0, ROWS + 1))) == "full"
+    assert stage.state == before
+    assert stage.say(CLIENT, Resume(KEY, epoch, 0, 0, 0, ROWS + 1)) == [Drop(KEY, 0)]
+
+
+def test_steps_that_are_asked_for_again_count_too() -> None:
+    """Turn after turn: each has its own measure, and all together another."""
+    stage = Stage(journal_bytes=1 << 26)
+    sent = 0
+    for turn in range(40):
+        hidden = Hidden(KEY, 0, turn, 0, 1, True, "float32")
+        stage.say(PREVIOUS, hidden, bytes(4))
+        row = Row(KEY, 0, 1, None, True, (), turn)
+        stage.table.on_results([Result(row, Activations(bytes(1 << 20), "float32"))], 0.0)
+        for _ in range(6):
+            sent += sum(len(send.payload) for send in sends(stage.say(PREVIOUS, hidden, bytes(4))))
+    assert 0 < sent <= REPLAYS * (1 << 20) + REPEAT_BYTES
+
+
+def shared(client: PeerId, neighbour: str, number: int) -> StageSession:
+    message = replace(MIDDLE, session=number.to_bytes(16, "big"), successor=neighbour)
+    return StageSession(message, client, False, False)
+
+
+def test_a_replay_chokes_no_way() -> None:
+    assert MOST_EACH_BYTES < NEIGHBOUR_BYTES < PARTNER_BACKLOG_BYTES
+    assert CLIENT_BYTES < ALL_BYTES < BACKLOG_BYTES
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(1, 128), st.floats(0.0, 20.0)),
+        max_size=60,
+    )
+)
+def test_over_any_while_nobody_is_sent_more_than_is_allowed(
+    asked: list[tuple[int, int, int, float]],
+) -> None:
+    """Nor has any client more sent: a full bucket, and what leaks out of it meanwhile."""
+    allowance, now = Allowance(), 0.0
+    spent: list[tuple[float, int, int, int]] = []
+    for client, neighbour, mb, later_s in asked:
+        now += later_s
+        size = mb << 20
+        session = shared(PeerId(f"c{client}"), f"n{neighbour}", client)
+        fits = allowance.allows(session, size, size, now)
+        assert allowance.spend(session, size, size, now) == fits
+        if fits:
+            spent.append((now, client, neighbour, size))
+    for start, (since_s, *_) in enumerate(spent):
+        for until in range(start, len(spent)):
+            some = spent[start : until + 1]
+            times = 1.001 + (spent[until][0] - since_s) / AGAIN_S
+            assert sum(size for *_, size in some) <= ALL_BYTES * times
+            for one in range(4):
+                mine = sum(size for _, client, _, size in some if client == one)
+                assert mine <= CLIENT_BYTES * times
+                there = sum(size for _, _, neighbour, size in some if neighbour == one)
+                assert there <= NEIGHBOUR_BYTES * times
+
+
+def test_a_neighbour_that_is_lost_and_comes_back_owes_nothing() -> None:
+    table, session = Stage().table, shared(CLIENT, NEXT, 1)
+    allowance = table._allowance
+    assert allowance.spend(session, 100 << 20, 100 << 20, 0.0)
+    assert not allowance.allows(session, 100 << 20, 100 << 20, 0.0)
+    table.on_lost(OTHER)
+    assert not allowance.allows(session, 100 << 20, 100 << 20, 0.0)
+    table.on_lost(NEXT)
+    assert allowance.allows(session, 100 << 20, 100 << 20, 0.0)
+
+
+def test_who_was_sent_something_long_ago_is_forgotten() -> None:
+    allowance = Allowance()
+    for number in range(1000):
+        session = shared(PeerId(f"c{number}"), f"n{number}", number)
+        assert allowance.spend(session, 100, 100, float(number))
+    assert len(allowance) <= 3 * (AGAIN_S + 1) + 1
+
+
 # --- steps that come again, or too soon -----------------------------------------------------------
+
+
+def test_a_new_head_may_hear_the_ring_before_the_client() -> None:
+    """The others had the rows of the last token, so the tail has chosen the next one already."""
+    stage = Stage(replace(HEAD, epoch=1))
+    stage.say(CLIENT, Resume(KEY, 1, 0, 0, 6, 10))
+    ring = Tokens(KEY, 1, 0, 10, True)
+    for _ in range(2):  # it may come twice, too
+        assert stage.say(PREVIOUS, ring, ids(99, 1)) == []
+    ids_of_client = Tokens(KEY, 1, 0, 0, False)
+    assert len(stage.say(CLIENT, ids_of_client, ids(0, 4))) == 1
+    made = stage.say(CLIENT, replace(ids_of_client, position=4, last=True), ids(4, 6))
+    steps = [action.step for action in made if isinstance(action, Submit)]
+    assert [(step.position, step.count) for step in steps] == [(4, 6), (10, 1)]
+    assert list(steps[1].payload) == [99]
+    assert stage.progress == (11, 0)
+
+
+def test_a_newcomer_may_hear_of_the_next_step_before_its_replay_is_complete() -> None:
+    stage = Stage(replace(MIDDLE, epoch=1))
+    stage.say(CLIENT, Resume(KEY, 1, 0, 0, 8, 8))
+    assert stage.step(8, epoch=1) == []
+    assert failure(stage.step(8, 2, epoch=1)) == "input", "one such step, not two"
+    assert failure(stage.step(9, epoch=1)) == "gap"
+    made = stage.step(0, 8, epoch=1)
+    assert [a.step.position for a in made if isinstance(a, Submit)] == [0, 8]
+    assert failure(stage.step(10, epoch=1)) == "gap", "from now on nothing may be ahead"
+
+
+@pytest.mark.parametrize("how", ["rewired", "cancelled", "next turn"])
+def test_what_was_ahead_is_forgotten_with_its_turn_or_route(how: str) -> None:
+    stage = Stage()
+    stage.answer(0, 4)
+    stage.reopen()
+    stage.say(CLIENT, Resume(KEY, 1, 0, 4, 4, 8))
+    assert stage.step(8, epoch=1) == []
+    if how == "rewired":
+        stage.reopen(2)
+        made = stage.say(CLIENT, Resume(KEY, 2, 0, 4, 4, 8))
+        made += stage.step(4, 4, epoch=2)
+    else:
+        if how == "cancelled":
+            stage.say(CLIENT, Cancel(KEY, 1, 0))
+        made = stage.say(PREVIOUS, Hidden(KEY, 1, 1, 4, 4, True, "float32"), ids(4, 4))
+    assert [a.step.position for a in made if isinstance(a, Submit)] == [4]
+    assert not stage.table._sessions[KEY].early
 
 
 def test_a_step_that_comes_again_gets_the_stored_answer_in_the_same_cuts() -> None:

@@ -111,6 +111,7 @@ def test_a_successor_that_cannot_be_reached_costs_nothing() -> None:
     assert isinstance(made[0], Send)
     assert isinstance(made[0].message, Refuse)
     assert made[0].message.code == "unreachable"
+    assert made[0].message.retry_s > 0, "it may have been a moment's trouble"
     swarm.check_clean()
     assert p0(swarm).table.dialled(KEY, 0, True, 0.0) == []
 

@@ -55,6 +55,8 @@ class Client:
         self.pongs: list[tuple[float, PeerId]] = []
         self.pings = 0
         self.rtt_s = 0.02
+        self.rtts_s: dict[PeerId, float] = {}
+        """Of those that are not like the others."""
         self.told: Callable[[], dict[PeerId, Progress]] = lambda: all_done(self.known)
         self.asked = 0
 
@@ -70,7 +72,7 @@ class Client:
         silent_s = {peer: self.now - at_s for peer, at_s in self.heard_s.items()}
         for peer in self.pulse.beat(self.now, silent_s):
             self.pings += 1
-            self.pongs.append((self.now + self.rtt_s, peer))
+            self.pongs.append((self.now + self.rtts_s.get(peer, self.rtt_s), peer))
         made = self.detector.beat(self.now, self.known, self.pulse, owed=owed)
         if made == [Ask()]:
             self.asked += 1
@@ -84,6 +86,16 @@ class Client:
             if made:
                 return made
         return []
+
+    def in_its_prompt(self) -> Client:
+        """Before the first token; all stages get on with it."""
+
+        def told() -> dict[PeerId, Progress]:
+            return {peer: far(100 + self.asked, self.asked) for peer in STAGES}
+
+        self.told = told
+        assert self.run(3.0) == []
+        return self
 
     def running(self) -> Client:
         assert self.run(3.0, tokens=2) == []
@@ -103,6 +115,65 @@ def test_a_frozen_stage_is_left_within_two_seconds(peer: PeerId) -> None:
     assert made.peer == peer
     assert "silent" in made.how
     assert client.now - began_s <= 2.1
+
+
+@pytest.mark.parametrize("peer", STAGES)
+def test_before_the_first_token_too_if_all_others_answer(peer: PeerId) -> None:
+    client = Client().in_its_prompt()
+    client.frozen = {peer}
+    began_s = client.now
+    (made,) = client.run(8.0)
+    assert isinstance(made, Suspect)
+    assert made.peer == peer
+    assert client.now - began_s <= 1.7
+
+
+def test_before_the_first_token_it_takes_longer_where_another_is_late() -> None:
+    """The others may be as busy, and only one of them so far has been as late."""
+    client = Client().in_its_prompt()
+    client.rtts_s = {A: 0.6}
+    client.run(1.0)
+    client.frozen = {B}
+    began_s = client.now
+    (made,) = client.run(8.0)
+    assert isinstance(made, Suspect)
+    assert made.peer == B
+    assert client.now - began_s > 2.4
+
+
+def test_before_the_first_token_two_that_are_silent_do_not_excuse_each_other() -> None:
+    client = Client().in_its_prompt()
+    client.frozen = {A, C}
+    began_s = client.now
+    assert {item.peer for item in client.run(8.0) if isinstance(item, Suspect)} == {A, C}
+    assert client.now - began_s <= 2.1
+
+
+@given(st.booleans(), st.lists(st.floats(0.0, 1.0), min_size=6, max_size=40))
+def test_nobody_is_left_who_is_at_most_twice_as_late_as_was_usual(
+    first: bool, shares: list[float]
+) -> None:
+    """Whoever it is, however late the others are, before the first token and after it: no silence
+    is held against a stage that is below `SILENCE_S`, or twice the longest one of lately (up to
+    `MOST_SILENCE_S`). Lately is some seconds ago, and a beat may pass before it is noticed."""
+    client = Client().in_its_prompt() if first else Client().running()
+    client.told = lambda: {peer: far(9 + client.asked, client.asked) for peer in STAGES}
+    client.frozen = set(STAGES)  # they are heard when the test says so
+    began_s, ended, left = dict(client.heard_s), list[tuple[float, float]](), iter(shares)
+    due_s = dict.fromkeys(STAGES, client.now + 0.1)
+    while True:
+        for peer in STAGES:
+            if client.now + BEAT_S < due_s[peer]:
+                continue
+            client.heard_s[peer] = now = due_s[peer]
+            ended.append((now, now - began_s[peer]))
+            longest_s = max(quiet_s for at_s, quiet_s in ended if now - at_s < 10)
+            most_s = min(MOST_SILENCE_S, max(SILENCE_S, 1.7 * (longest_s - BEAT_S)))
+            share = next(left, None)
+            if share is None:
+                return
+            began_s[peer], due_s[peer] = now, now + BEAT_S + share * (most_s - 2 * BEAT_S)
+        assert not any(isinstance(item, Suspect) for item in client.beat())
 
 
 def test_two_frozen_at_once() -> None:
@@ -140,17 +211,29 @@ def test_a_client_that_was_held_up_accuses_nobody() -> None:
         client.known += 1
 
 
-@given(st.lists(st.floats(0.0, 1.2), min_size=30, max_size=60), st.randoms(use_true_random=False))
+@given(
+    st.lists(st.floats(0.0, SILENCE_S - PING_S - 0.01), min_size=30, max_size=60),
+    st.randoms(use_true_random=False),
+)
 def test_late_answers_of_a_busy_machine_are_no_silence(
     late_s: list[float], rng: random.Random
 ) -> None:
-    """Pongs that take up to 1.2 s, beats that come late: as long as tokens come now and then, and
+    """Pongs that take up to 1.1 s, beats that come late: as long as tokens come now and then, and
     every ping is answered, nobody is left."""
     client = Client().running()
     for number, rtt_s in enumerate(late_s):
         client.rtt_s = rtt_s
         made = client.beat(number % 12 == 0, after_s=BEAT_S * rng.uniform(1, 3))
         assert not any(isinstance(item, Suspect) for item in made)
+
+
+def test_a_ping_that_we_sent_late_is_answered_late() -> None:
+    client = Client().running()
+    client.rtts_s = {B: SILENCE_S - PING_S - 0.01}
+    client.beat(tokens=1)
+    client.heard_s = dict.fromkeys(STAGES, client.now)
+    for after_s in (0.1, 0.1, 0.19, 0.3, *(12 * [0.1])):
+        assert client.beat(after_s=after_s) == []
 
 
 def test_who_was_late_before_gets_more_time() -> None:

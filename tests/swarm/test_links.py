@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -658,3 +659,17 @@ async def test_pings_of_a_stranger_are_answered_and_forged_pongs_ignored() -> No
         await settle()
         assert b.links.rtts == {}
         assert a.lost == b.lost == []
+
+
+@scenario
+async def test_to_depend_on_a_peer_is_no_sign_of_its_life() -> None:
+    """Else each new session would give a frozen peer another while."""
+    async with nodes(A, B) as (a, _):
+        await a.links.connect(B, ())
+        a.network.freeze(A, B)
+        a.network.freeze(B, A)
+        before_s = a.links.silent_s(B)
+        await asyncio.sleep(3)
+        a.links.watch(B)
+        assert a.links.silent_s(B) == pytest.approx(before_s + 3)
+        assert math.isinf(a.links.silent_s(PeerId("nobody")))

@@ -363,6 +363,18 @@ def test_what_breaks_during_a_repair_is_said_again() -> None:
     assert session.mends == (Mend((B, A, D), 6, 2),)
 
 
+def test_two_repairs_in_one_turn_tell_each_whom_it_replaced() -> None:
+    session = running(2)
+    session.on_lost(B, "vanished")
+    session.reroute(route(A, D, C))
+    grant_all(session, A=6, C=5)
+    assert token(session, 7) == [Emit(7, 6, "")]
+    session.on_lost(A, "vanished")
+    session.reroute(route(E, D, C))
+    assert grant_all(session, D=6, C=6)[-1] == Mended(2)
+    assert session.mends == (Mend((B,), 6, 1), Mend((A,), 7, 2))
+
+
 def test_a_stage_that_opened_and_was_lost_is_not_gone_on_with() -> None:
     session = running()
     session.on_lost(B, "vanished")
