@@ -43,7 +43,7 @@ LAYERS = Extension(
 ROUTER = Extension(
     "hexswarm.router._native",
     sources=["router/native.c"],
-    depends=["router/native_tables.h", "router/native_search.h", "router/native_select.h"],
+    depends=[f"router/native_{part}.h" for part in ("tables", "boxes", "search", "select")],
     extra_compile_args=["-std=c11", "-O3", "-g0", "-fno-trapping-math"],
     optional=True,
 )

@@ -1,6 +1,6 @@
 """The router measured without a network: exactness, time per route, upkeep of the snapshot.
 
-    python benchmarks/routing.py [--quick]
+    python benchmarks/routing.py [--quick] [--times]
 
 Prints tables and, as its last line, one JSON object. Pure: no sockets, one core, seeded swarms.
 
@@ -354,8 +354,9 @@ def lost_by_candidates(graphs: int, layers: int, bar: tqdm) -> Figures:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a tenth of the graphs and routes")
-    quick = parser.parse_args().quick
-    share = 10 if quick else 1
+    parser.add_argument("--times", action="store_true", help="the times alone, no comparisons")
+    options = parser.parse_args()
+    share = 10 if options.quick else 1
 
     def run(title: str, total: int, measure: Callable[[tqdm], Figures]) -> Figures:
         with tqdm(total=total, desc=title, leave=False, disable=None) as bar:
@@ -367,10 +368,10 @@ def main() -> int:
         return found
 
     result: dict[str, object] = {"native": native.available()}
-    graphs = 3000 // share
-    result["small"] = run("12 peers", graphs, lambda bar: exact_small(graphs, bar))
-    oracle = 300 // share
-    result["exact_200"] = run("200 peers", oracle, lambda bar: exact_200(oracle, 16, bar))
+    graphs, oracle, loss = 3000 // share, 300 // share, 60 // share
+    if not options.times:
+        result["small"] = run("12 peers", graphs, lambda bar: exact_small(graphs, bar))
+        result["exact_200"] = run("200 peers", oracle, lambda bar: exact_200(oracle, 16, bar))
     for count, routes in ((200, 400), (1000, 200), (10000, 80)):
         result[f"ms_{count}"] = run(
             f"time, {count} peers, 80 layers",
@@ -378,10 +379,10 @@ def main() -> int:
             lambda bar, count=count, routes=routes: time_routes(count, 80, routes // share, bar),
         )
     result["update_10000"] = run("update, 10,000 peers", 1, lambda bar: time_update(10000, 80))
-    loss = 60 // share
-    result["candidates_1000"] = run(
-        "candidates, 1,000 peers", loss, lambda bar: lost_by_candidates(loss, 80, bar)
-    )
+    if not options.times:
+        result["candidates_1000"] = run(
+            "candidates, 1,000 peers", loss, lambda bar: lost_by_candidates(loss, 80, bar)
+        )
     print(json.dumps(result))
     return 0
 

@@ -344,21 +344,22 @@ def look_up_in(
     made for a search: a fifth of the time."""
     peers = [item.peer for item in items]
     pairs = _around(peers)
-    hops = (list(at), [*at[1:], at[0]]) if pairs else ([], [])
-    chosen = list(at)
-    unmeasured = [pair for pair, known in zip(pairs, ways.known[hops], strict=True) if not known]
+    chosen = np.array(at)
+    hops = chosen * len(ways.rtt_s) + np.array([*at[1:], at[0]]) if pairs else chosen[:0]
+    told = zip(pairs, ways.known.take(hops).tolist(), strict=True)
+    unmeasured = [pair for pair, known in told if not known]
     if request.client is not None:
-        known = clients.known[chosen].tolist()
+        known = clients.known.take(chosen).tolist()
         ends = zip(peers, known, strict=True)
         unmeasured += [(request.client, peer) for peer, known in ends if not known]
     return Known(
         items=tuple(items),
-        rtt_s=ways.rtt_s[hops].tolist(),
-        jitter_s=ways.jitter_s[hops].tolist(),
-        s_per_byte=ways.s_per_byte[hops].tolist(),
-        linked=ways.linked[hops].tolist(),
-        client_rtt_s=clients.rtt_s[chosen].tolist(),
-        client_jitter_s=clients.jitter_s[chosen].tolist(),
+        rtt_s=ways.rtt_s.take(hops).tolist(),
+        jitter_s=ways.jitter_s.take(hops).tolist(),
+        s_per_byte=ways.s_per_byte.take(hops).tolist(),
+        linked=ways.linked.take(hops).tolist(),
+        client_rtt_s=clients.rtt_s.take(chosen).tolist(),
+        client_jitter_s=clients.jitter_s.take(chosen).tolist(),
         unmeasured=tuple(unmeasured),
     )
 
@@ -378,59 +379,81 @@ def elements(
 def _elements(
     known: Known, request: RouteRequest, stages: Sequence[Stage], late: float
 ) -> list[Element]:
-    return [Element(*parts) for parts in _per_token(known, request, stages, late)]
+    return [
+        Element(_work(compute, late), _wait(queue, late), rtt_s / 2 + jitter_s * late, serialise)
+        for compute, queue, rtt_s, jitter_s, serialise in _per_token(known, request, stages)
+    ]
 
 
 def _per_token(
-    known: Known, request: RouteRequest, stages: Sequence[Stage], late: float
-) -> Iterator[tuple[float, float, float, float]]:
-    """The fields of each stage's `Element`."""
+    known: Known, request: RouteRequest, stages: Sequence[Stage]
+) -> Iterator[tuple[float, float, float, float, float]]:
+    """Of each stage and the way behind it the medians that a token takes: computing, queue, round
+    trip, jitter, serialising."""
     last = len(stages) - 1
     for index, (stage, item) in enumerate(zip(stages, known.items, strict=True)):
         speed = item.speed
         compute = len(stage.span) * (speed.decode_layer_s + item.rows * speed.row_layer_s)
         if index == last:
             compute += speed.head_s
-        link_s = serialise_s = 0.0
+        rtt_s = jitter_s = serialise_s = 0.0
         if known.rtt_s:
-            link_s = known.rtt_s[index] / 2 + known.jitter_s[index] * late
+            rtt_s, jitter_s = known.rtt_s[index], known.jitter_s[index]
             size = 0.0 if index == last else request.hidden_bytes * known.s_per_byte[index]
             serialise_s = HOP_S + size
-        yield _work(compute, late), _wait(item.queue_s, late), link_s, serialise_s
+        yield compute, item.queue_s, rtt_s, jitter_s, serialise_s
 
 
 def predict(
     snapshot: Snapshot, request: RouteRequest, stages: Sequence[Stage], percentile: float = 50.0
 ) -> Times:
     """The times of a route at a percentile. Raises UsageError for a peer that announces nothing."""
-    return times(look_up(snapshot, request, stages), request, stages, lateness(percentile))
+    return times(look_up(snapshot, request, stages), request, stages, lateness(percentile))[0]
 
 
-def times(known: Known, request: RouteRequest, stages: Sequence[Stage], late: float) -> Times:
-    """`predict` from what is known already."""
+def times(
+    known: Known, request: RouteRequest, stages: Sequence[Stage], *lates: float
+) -> list[Times]:
+    """`predict` from what is known already, for each lateness: sums are linear in it, so all have
+    one pass over the stages."""
+    token = [sum(parts) for parts in zip(*_per_token(known, request, stages), strict=True)]
     count, tokens = chunks(request)
     size = tokens * request.hidden_bytes
-    tpot_s = sum(sum(parts) for parts in _per_token(known, request, stages, late))
-    opening = first = slowest = 0.0
-    to_client = list(zip(known.client_rtt_s, known.client_jitter_s, strict=True))
+    last = len(stages) - 1
+    head_s = known.items[-1].speed.head_s
+    compute = carried = most_compute = most_carried = 0.0
+    to_client = known.client_rtt_s[0] + known.client_rtt_s[-1]
+    to_client_jitter = known.client_jitter_s[0] + known.client_jitter_s[-1]
+    opened: list[tuple[float, float]] = []
+    """When a stage is open: the median, and how much later it may be."""
     for index, (stage, item) in enumerate(zip(stages, known.items, strict=True)):
-        cold = stage.peer not in request.warm
-        asked = _opening(*to_client[index], cold, late)
-        opening = max(opening, asked)
         speed = item.speed
-        chunk = max(speed.decode_layer_s, tokens * speed.prefill_layer_s)  # `_chunk` of one
-        compute = _work(len(stage.span) * chunk, late)
-        first += _wait(item.queue_s, late) + compute
-        slowest = max(slowest, compute)
-        if index + 1 < len(stages):
-            way = known.rtt_s[index], known.jitter_s[index]
+        chunk = len(stage.span) * max(speed.decode_layer_s, tokens * speed.prefill_layer_s)
+        compute += chunk
+        most_compute = max(most_compute, chunk)
+        dial = _opening(1.0, 0.0, stage.peer not in request.warm, 0.0)
+        open_s = dial * known.client_rtt_s[index]
+        later_s = dial * known.client_jitter_s[index]
+        if index < last:
             carry = size * known.s_per_byte[index]
-            first += _way(*way, late) + carry
-            slowest = max(slowest, carry)
-            opening = max(opening, asked + _opening(*way, not known.linked[index], late))
-    first += _work(known.items[-1].speed.head_s, late)
-    first += _way(*to_client[0], late) + _way(*to_client[-1], late)
-    return Times(opening + first + (count - 1) * slowest, tpot_s, opening)
+            carried += carry
+            most_carried = max(most_carried, carry)
+            dial = _opening(1.0, 0.0, not known.linked[index], 0.0)
+            open_s += dial * known.rtt_s[index]
+            later_s += dial * known.jitter_s[index]
+        opened.append((open_s, 2 * later_s))
+    rtt_s = to_client + sum(known.rtt_s[:last])
+    jitter_s = to_client_jitter + sum(known.jitter_s[:last])
+    found = []
+    for late in lates:
+        opening = max(open_s + later_s * late for open_s, later_s in opened)
+        first = _work(compute + head_s, late) + _wait(token[1], late) + carried
+        first += rtt_s / 2 + (last + 2) * HOP_S + jitter_s * late
+        slowest = max(_work(most_compute, late), most_carried)
+        tpot_s = _work(token[0], late) + _wait(token[1], late)
+        tpot_s += token[2] / 2 + token[3] * late + token[4]
+        found.append(Times(opening + first + (count - 1) * slowest, tpot_s, opening))
+    return found
 
 
 def budgets(

@@ -18,6 +18,7 @@
 #endif
 
 #include "native_tables.h"
+#include "native_boxes.h"
 #include "native_search.h"
 #include "native_select.h"
 
@@ -46,12 +47,13 @@ EXPORT void hexswarm_release(void *prepared) {
 EXPORT int64_t hexswarm_select(const Census *c) {
     int64_t n = c->peers, layers = c->layers, states = 0, ok = 0;
     int32_t *from = calloc((size_t)layers + 2, sizeof *from);
-    int32_t *state = malloc((size_t)(n + 1) * sizeof *state), *holders = NULL, *fill = NULL;
+    int32_t *holders = NULL, *fill = NULL;
+    double *come = malloc((size_t)(n + 1) * sizeof *come);
     double *forward = NULL, *now = NULL, *gate = NULL, *best = NULL;
     char *home = calloc((size_t)c->regions + 1, 1);
-    if (!from || !state || !home) goto end;
+    if (!from || !come || !home) goto end;
     for (int64_t i = 0; i < n; i++) {
-        state[i] = (int32_t)states;
+        come[i] = c->in[i] + c->enter[i];
         states += c->end[i] - c->first[i];
         for (int l = c->first[i]; l < c->end[i]; l++) from[l + 1]++;
         if (c->first[i] == 0) home[c->region[i]] = 1;
@@ -72,11 +74,11 @@ EXPORT int64_t hexswarm_select(const Census *c) {
         for (int l = c->first[i]; l < c->end[i]; l++) holders[fill[l]++] = (int32_t)i;
     for (int r = 0; r < c->regions; r++)
         if (home[r] && c->homes[r] && !c->anywhere)
-            through(c, from, holders, state, forward, r, now, gate, best);
-    if (c->anywhere) through(c, from, holders, state, forward, -1, now, gate, best);
+            through(c, from, holders, come, forward, r, now, gate, best);
+    if (c->anywhere) through(c, from, holders, come, forward, -1, now, gate, best);
     ok = 1;
 end:
-    free(from), free(state), free(holders), free(fill), free(forward), free(now), free(gate);
+    free(from), free(come), free(holders), free(fill), free(forward), free(now), free(gate);
     free(best), free(home);
     return ok;
 }

@@ -62,11 +62,6 @@ static int no_more_used(const Search *s, const Label *label, int32_t other_paren
     return 1;
 }
 
-static double objective(const Problem *p, double price, double t, double a, double open, double slow) {
-    return p->weight_price * price + p->weight_t * t + p->weight_a * a +
-           p->weight_max * (open + p->more_chunks * slow);
-}
-
 /* With maxima m = open, n = more_chunks x slowest that the rest may raise to any height, x is no worse
  * than y in sum + w (m + n) whatever comes if it is so with neither, either and both raised. */
 static int corners(double sum, double m, double n, double w) {
@@ -93,164 +88,10 @@ static int dominated(Search *s, const Label *new, int32_t bucket) {
     return 0;
 }
 
-/* The best ring so far. */
-typedef struct {
-    double value; /* what a bound must undercut */
-    double price, t, a, open, slowest;
-    int32_t stages, peer[MAX_STAGES], end[MAX_STAGES];
-} Best;
-
-/* Is this ring within the limits and better than the best? Then it is the best; 1 if so. */
-static int improves(const Problem *p, Best *best, double price, double t, double a, double open,
-                    double slow) {
-    if (t > p->limit_t || a + open + p->more_chunks * slow > p->limit_a) return 0;
-    double value = objective(p, price, t, a, open, slow);
-    if (!(value < best->value)) return 0;
-    best->value = value;
-    best->price = price, best->t = t, best->a = a, best->open = open, best->slowest = slow;
-    return 1;
-}
-
-typedef struct {
-    double sum, t, a; /* the cost without maxima; a without maxima */
-    double open, slow;
-    int ok;
-} Followed;
-
-/* Follow the choices of the table that was made last, from the head on (head < 0: from the best one);
- * what is within the limits is a ring to beat. */
-static Followed follow(const Search *s, const double *table, double wp, double wt, double wa, int head,
-                       const Box *box, Best *best) {
+/* Bound a label that enters its peer; 0 if no ring behind it is within the limits and better than the
+ * best. With the `slot` of a leave in the tables: one that leaves it. */
+static int bounded_at(const Search *s, const Tables *tables, Label *x, int64_t slot, const Best *best) {
     const Problem *p = s->p;
-    int64_t n = p->peers;
-    int32_t peers[MAX_STAGES], ends[MAX_STAGES], stages = 0;
-    Followed none = {0};
-    int own = head;
-    double least = INFINITY;
-    for (int j = 0; head < 0 && j < s->from[1]; j++) {
-        int other = s->holders[j];
-        double x = wa * p->a_begin[other] + table[at(s, other, 0)];
-        if ((!box || p->open_stage[other] <= box->open_top) && x < least) least = x, own = other;
-    }
-    if (own < 0) return none;
-    double price = 0, t = 0, a = p->a_begin[own], open = p->open_stage[own], slow = 0;
-    for (int peer = own, layer = 0;;) {
-        double each = wp * p->price_layer[peer] + wt * p->t_layer[peer] + wa * p->a_layer[peer];
-        int64_t state = s->offset[peer] + layer;
-        int most = longest(p, peer, layer, box), length = 0;
-        least = INFINITY;
-        for (int k = 1; k <= most; k++) {
-            double x = k * each + s->leaves[state + k - 1];
-            if (x <= least * (1 + 1e-12)) least = x, length = k;
-        }
-        if (!length || stages == MAX_STAGES) return none;
-        price += p->price_enter[peer] + length * p->price_layer[peer];
-        t += p->t_enter[peer] + length * p->t_layer[peer];
-        a += p->a_enter[peer] + length * p->a_layer[peer];
-        slow = length * p->a_layer[peer] > slow ? length * p->a_layer[peer] : slow;
-        layer += length;
-        peers[stages] = peer, ends[stages++] = layer;
-        if (layer == p->layers) break;
-        int to = -1;
-        least = INFINITY;
-        for (int j = s->from[layer]; j < s->from[layer + 1]; j++) {
-            int other = s->holders[j];
-            int64_t e = (int64_t)peer * n + other;
-            if (other == peer || other == own) continue;
-            double x = wt * s->t_hops[e] + wa * s->a_hops[e] + table[j];
-            if (x >= least) continue;
-            if (box && (transfer(p, e) > box->slow_top || open_hop(p, peer, e) > box->open_top ||
-                        p->open_stage[other] > box->open_top))
-                continue;
-            least = x, to = other;
-        }
-        if (to < 0) return none;
-        int64_t e = (int64_t)peer * n + to;
-        double dial = open_hop(p, peer, e), carry = transfer(p, e);
-        t += s->t_hops[e], a += s->a_hops[e];
-        open = dial > open ? dial : open;
-        open = p->open_stage[to] > open ? p->open_stage[to] : open;
-        slow = carry > slow ? carry : slow;
-        peer = to;
-    }
-    t += p->t_finish[peers[stages - 1]] + closing(p, peers[stages - 1], own);
-    a += p->a_finish[peers[stages - 1]];
-    int once = 1;
-    for (int i = 0; i < stages; i++)
-        for (int j = 0; j < i; j++) once &= peers[i] != peers[j];
-    if (once && improves(p, best, price, t, a, open, slow)) {
-        best->stages = stages;
-        memcpy(best->peer, peers, sizeof peers), memcpy(best->end, ends, sizeof ends);
-    }
-    return (Followed){p->weight_price * price + p->weight_t * t + p->weight_a * a, t, a, open, slow, 1};
-}
-
-/* The multiplier of a limit on t or on a (the sum), by the slope between the ring of least cost and
- * that of least resource (LARAC, Juettner et al. 2001). Any multiplier gives a bound, this one a
- * good one. The table of the last one tried stays in `table`; 0: none was. `base` is the multiplier of t that stays while that of a is found. */
-static double find_lambda(Search *s, double *table, Followed high, Followed low, int on_t, double base,
-                          double limit, int64_t steps, int head, const Box *box,
-                          Best *best, Followed *ring) {
-    const Problem *p = s->p;
-    double lambda = 0;
-    for (int64_t step = 0; high.ok && low.ok && step < steps; step++) {
-        double low_r = on_t ? low.t : low.a, high_r = on_t ? high.t : high.a;
-        double low_c = low.sum + base * low.t, high_c = high.sum + base * high.t;
-        if (high_r - low_r <= 1e-12 || low_c <= high_c) break;
-        lambda = (low_c - high_c) / (high_r - low_r);
-        double wt = p->weight_t + base + (on_t ? lambda : 0), wa = p->weight_a + (on_t ? 0 : lambda);
-        cost_to_go(s, table, p->weight_price, wt, wa, head, box);
-        Followed mid = follow(s, table, p->weight_price, wt, wa, head, box, best);
-        if (ring) *ring = mid;
-        if (!mid.ok) break;
-        double mid_r = on_t ? mid.t : mid.a, mid_c = mid.sum + base * mid.t;
-        double value = mid_c + lambda * (mid_r - limit) - (base > 0 ? base * p->limit_t : 0);
-        if (value >= best->value) break; /* nothing here can be better */
-        if (mid_c + lambda * mid_r >= (high_c + lambda * high_r) * (1 - 1e-9)) break;
-        if (mid_r > limit) high = mid;
-        else low = mid;
-    }
-    return lambda;
-}
-
-/* --- the search --------------------------------------------------------------------------------- */
-
-
-/* A label with what it has in common for all boxes. */
-typedef struct {
-    double a, open, slowest, least_open; /* `least_open`: no rest opens faster */
-    double cost, dual, in_box;           /* bounds without maxima: by the tables of the head, of a box */
-    double over_a;                       /* a beyond the limit, without maxima */
-    double head_max, weight_max, more_chunks, limit_a;
-} Reach;
-
-/* Least bound over all boxes; rows of boxes are filled up, so there is no rest to treat apart. */
-VECTORS static double least_box(const Boxes *in, const double *a, const double *dual, const Reach *x) {
-    double bound[MAX_BOXES], low = INFINITY;
-    int row = in->row / WIDE * WIDE;
-    double own_open = x->open, own_slow = x->slowest, least = x->least_open, more = x->more_chunks;
-    double sum = x->a, limit = x->limit_a, over = x->over_a, weight = x->weight_max;
-    double cost = x->cost, head = x->dual, base = x->in_box, head_max = x->head_max;
-    for (int b = 0; b < row; b++) {
-        double open = in->open_low[b] > least ? in->open_low[b] : least;
-        double slow = in->slow_low[b] > own_slow ? in->slow_low[b] : own_slow;
-        double maxima = open + more * slow;
-        double first = cost + weight * maxima, second = head + head_max * maxima;
-        double third = base + weight * maxima + dual[b] + in->lambda_a[b] * (over + maxima);
-        first = second > first ? second : first;
-        first = third > first ? third : first;
-        first = own_open > in->open_top[b] ? INFINITY : first;
-        first = own_slow > in->slow_top[b] ? INFINITY : first;
-        bound[b] = sum + a[b] + maxima > limit ? INFINITY : first;
-    }
-    for (int b = 0; b < row; b++) low = bound[b] < low ? bound[b] : low;
-    return low;
-}
-
-/* Bound a label; 0 if no ring behind it is within the limits and better than the best. */
-static int bounded(const Search *s, const Tables *tables, Label *x, const Best *best) {
-    const Problem *p = s->p;
-    int slot = at(s, x->peer, x->layer);
     if (p->limit_t < INFINITY && x->t + tables->t[slot] > p->limit_t) return 0;
     double least = x->open > s->open_later[x->layer] ? x->open : s->open_later[x->layer];
     double maxima = least + p->more_chunks * x->slowest;
@@ -271,9 +112,53 @@ static int bounded(const Search *s, const Tables *tables, Label *x, const Best *
                    .cost = cost, .dual = dual, .in_box = sum + s->boxes.lambda_t * over_t,
                    .over_a = over_a, .head_max = head_max, .weight_max = p->weight_max,
                    .more_chunks = p->more_chunks, .limit_a = p->limit_a};
-    int64_t entry = (int64_t)slot * s->boxes.row;
+    int64_t entry = slot * s->boxes.row;
     x->bound = least_box(&s->boxes, s->boxes.a + entry, s->boxes.dual + entry, &reach);
     return x->bound < best->value;
+}
+
+static int bounded(const Search *s, const Tables *tables, Label *x, const Best *best) {
+    return bounded_at(s, tables, x, at(s, x->peer, x->layer), best);
+}
+
+/* What the labels behind one have in common: bounds of those that leave its peer, without the rest. */
+typedef struct {
+    double cost, dual, t, a, wt, wa, dual_wt, dual_wa, limit_t, limit_a;
+} Step;
+
+/* For all that may follow at once a bound without what they do to the maxima: most need no closer look. */
+VECTORS static void step_bounds(double *restrict low, const Step *restrict x, const int32_t *to,
+                                const double *t_hop, const double *a_hop, const double *cost,
+                                const double *dual, const double *t_rest, const double *a_rest,
+                                int count) {
+    for (int j = 0; j < count; j++) {
+        double t = t_hop[to[j]], a = a_hop[to[j]];
+        double bound = x->cost + x->wt * t + x->wa * a + cost[j];
+        double other = x->dual + x->dual_wt * t + x->dual_wa * a + dual[j];
+        bound = other > bound ? other : bound;
+        bound = x->t + t + t_rest[j] > x->limit_t ? INFINITY : bound;
+        low[j] = x->a + a + a_rest[j] > x->limit_a ? INFINITY : bound;
+    }
+}
+
+/* The bounds of all that may follow a label that leaves its peer, into s->low. */
+static void look_ahead(const Search *s, const Tables *tables, const Label *leave, int peer) {
+    const Problem *p = s->p;
+    int begin = s->from[leave->layer], count = s->from[leave->layer + 1] - begin;
+    double maxima = leave->open + p->more_chunks * leave->slowest;
+    double sum = p->weight_price * leave->price + p->weight_t * leave->t + p->weight_a * leave->a;
+    int on_t = p->limit_t < INFINITY, on_a = p->limit_a < INFINITY;
+    double fined = sum + (p->weight_max + tables->lambda_a) * maxima;
+    if (on_t) fined += tables->lambda_t * (leave->t - p->limit_t);
+    if (on_a) fined += tables->lambda_a * (leave->a - p->limit_a);
+    Step step = {.cost = sum + p->weight_max * maxima, .dual = tables->dual ? fined : -INFINITY,
+                 .t = leave->t, .a = leave->a + maxima, .wt = p->weight_t, .wa = p->weight_a,
+                 .dual_wt = p->weight_t + tables->lambda_t, .dual_wa = p->weight_a + tables->lambda_a,
+                 .limit_t = p->limit_t, .limit_a = p->limit_a};
+    const double *cost = tables->cost + begin; /* also stands for those that are not needed */
+    step_bounds(s->low, &step, s->holders + begin, s->t_hops + peer * p->peers,
+                s->a_hops + peer * p->peers, cost, tables->dual ? tables->dual + begin : cost,
+                on_t ? tables->t + begin : cost, on_a ? s->a_table + begin : cost, count);
 }
 
 static void remember(const Search *s, Best *best, int32_t label, int32_t end) {
@@ -296,7 +181,7 @@ static int32_t expand(Search *s, int32_t index, const Tables *tables, Best *best
     int peer = from.peer;
     if (from.depth + 1 >= MAX_STAGES) return -1;
     double price = from.price + p->price_enter[peer], t = from.t + p->t_enter[peer];
-    double a = from.a + p->a_enter[peer], wt = p->weight_t, wa = p->weight_a;
+    double a = from.a + p->a_enter[peer];
     for (int layer = from.layer + 1; layer <= p->end[peer]; layer++) {
         price += p->price_layer[peer], t += p->t_layer[peer], a += p->a_layer[peer];
         double work = (layer - from.layer) * p->a_layer[peer];
@@ -308,12 +193,14 @@ static int32_t expand(Search *s, int32_t index, const Tables *tables, Best *best
                 remember(s, best, index, layer);
             continue;
         }
-        double here = p->weight_price * price + wt * t + wa * a;
+        Label leave = {.price = price, .t = t, .a = a, .open = from.open, .slowest = slow, .layer = layer};
+        if (!bounded_at(s, tables, &leave, s->states + s->offset[peer] + layer - 1, best)) continue;
+        look_ahead(s, tables, &leave, peer);
+        const double *low = s->low - s->from[layer];
         for (int j = s->from[layer]; j < s->from[layer + 1]; j++) {
             int to = s->holders[j];
             int64_t e = (int64_t)peer * n + to;
-            double sum = here + wt * s->t_hops[e] + wa * s->a_hops[e];
-            if (sum + tables->cost[j] >= best->value || to == peer || to == from.head) continue;
+            if (low[j] >= best->value || to == peer || to == from.head) continue;
             Label x = {0};
             x.price = price, x.t = t + s->t_hops[e], x.a = a + s->a_hops[e];
             x.open = from.open, x.slowest = slow;
@@ -342,16 +229,19 @@ static int32_t expand(Search *s, int32_t index, const Tables *tables, Best *best
     return first;
 }
 
+/* Those of a head, after the loose ones. Only t needs its own closing link if the cost does not weigh it,
+ * and a has none. */
 static int make_tables(Search *s, Tables *tables, int head, Best *best) {
     const Problem *p = s->p;
     double wp = p->weight_price, wt = p->weight_t, wa = p->weight_a;
-    tables->cost = doubles(s, 3 * s->states);
-    if (!tables->cost) return 0;
-    tables->t = tables->cost + s->states, tables->dual = tables->t + s->states;
-    cost_to_go(s, tables->cost, wp, wt, wa, head, NULL);
+    int own = head >= 0 && wt >= SLIGHT;
+    tables->cost = own ? new_table(s) : s->loose.cost;
+    tables->t = new_table(s), tables->dual = new_table(s);
+    if (!tables->cost || !tables->t || !tables->dual) return 0;
+    if (own) cost_to_go(s, tables->cost, wp, wt, wa, head, NULL);
     Followed cheap = follow(s, tables->cost, wp, wt, wa, head, NULL, best);
-    if (head >= 0 && cheap.ok && cheap.sum >= best->value) { /* of no use: no label gets past `cost` */
-        memset(tables->t, 0, (size_t)s->states * sizeof(double));
+    if (own && cheap.ok && cheap.sum >= best->value) { /* of no use: no label gets past `cost` */
+        memset(tables->t, 0, 2 * (size_t)s->states * sizeof(double));
         tables->dual = NULL;
         return 1;
     }
@@ -367,8 +257,7 @@ static int make_tables(Search *s, Tables *tables, int head, Best *best) {
     if (p->limit_a < INFINITY && cheap.ok) {
         if (made) cheap = follow(s, tables->dual, wp, wt, wa, head, NULL, best);
         if (cheap.ok && cheap.a > p->limit_a) {
-            cost_to_go(s, tables->dual, 0, 0, 1, head, NULL);
-            Followed soon = follow(s, tables->dual, 0, 0, 1, head, NULL, best);
+            Followed soon = follow(s, s->a_table, 0, 0, 1, head, NULL, best);
             tables->lambda_a = find_lambda(s, tables->dual, cheap, soon, 0, tables->lambda_t, p->limit_a,
                                            p->steps, head, NULL, best, NULL);
             if (made && !(tables->lambda_a > 0)) cost_to_go(s, tables->dual, wp, wt, wa, head, NULL);
@@ -379,186 +268,35 @@ static int make_tables(Search *s, Tables *tables, int head, Best *best) {
     return 1;
 }
 
-/* A box while boxes are cut. */
-typedef struct {
-    Box box;
-    double *a, *dual; /* [states] */
-    double lambda_a, root;
-    Followed soon, cheap, ring; /* of least a, of least cost, and by the table with the multiplier */
-    int dead, whole; /* `whole`: to cut it would not help */
-} Draft;
-
-/* Least cost of a ring in a box, as far as its table can tell. */
-static double root_bound(const Search *s, const Draft *in) {
-    const Problem *p = s->p;
-    const Box *box = &in->box;
-    double low = INFINITY, lambda_t = s->boxes.lambda_t;
-    for (int j = 0; j < s->from[1]; j++) {
-        int head = s->holders[j];
-        if (p->open_stage[head] > box->open_top) continue;
-        double open = p->open_stage[head] > box->open_low ? p->open_stage[head] : box->open_low;
-        double maxima = open + p->more_chunks * box->slow_low, a = p->a_begin[head];
-        if (p->limit_a < INFINITY && a + in->a[j] + maxima > p->limit_a) continue;
-        double x = p->weight_a * a + p->weight_max * maxima + in->dual[j];
-        if (lambda_t > 0) x -= lambda_t * p->limit_t;
-        if (in->lambda_a > 0) x += in->lambda_a * (a + maxima - p->limit_a);
-        low = x < low ? x : low;
-    }
-    return low;
-}
-
-/* Make the tables of a box for `lambda`. */
-static Followed tabulate(Search *s, Draft *in, double lambda, Best *best) {
-    const Problem *p = s->p;
-    double wt = p->weight_t + s->boxes.lambda_t, wa = p->weight_a + lambda;
-    in->lambda_a = lambda;
-    cost_to_go(s, in->dual, p->weight_price, wt, wa, -1, &in->box);
-    return follow(s, in->dual, p->weight_price, wt, wa, -1, &in->box, best);
-}
-
-static int fits(const Box *box, const Followed *ring) {
-    return ring->ok && ring->open <= box->open_top && ring->slow <= box->slow_top;
-}
-
-/* The tables of a box with new tops. Least a is as before if its ring is still in the box. */
-static int draft(Search *s, Draft *in, Best *best) {
-    int known = in->a && fits(&in->box, &in->soon);
-    in->dual = doubles(s, s->states);
-    if (!known) in->a = doubles(s, s->states);
-    if (!in->a || !in->dual) return 0;
-    if (!known && s->p->limit_a < INFINITY) {
-        cost_to_go(s, in->a, 0, 0, 1, -1, &in->box);
-        in->soon = follow(s, in->a, 0, 0, 1, -1, &in->box, best);
-    }
-    in->ring = tabulate(s, in, in->lambda_a, best);
-    if (in->lambda_a == 0) in->cheap = in->ring;
-    double root = root_bound(s, in);
-    if (root > in->root) in->root = root;
-    return 1;
-}
-
-/* Find the multiplier that suits the bottom of a box, if it needs one; the rings that bracket it may be
- * of a larger box. */
-static void refine(Search *s, Draft *in, Best *best) {
-    const Problem *p = s->p;
-    double limit = p->limit_a - in->box.open_low - p->more_chunks * in->box.slow_low;
-    double root = root_bound(s, in);
-    if (root > in->root) in->root = root;
-    if (in->root >= best->value || !in->ring.ok || p->limit_a == INFINITY) return;
-    Followed high = in->ring, low = in->soon;
-    if (in->ring.a <= limit) {
-        if (in->lambda_a == 0) return;
-        high = in->cheap, low = in->ring;
-    }
-    double lambda = find_lambda(s, in->dual, high, low, 0, s->boxes.lambda_t, limit, BOX_STEPS, -1,
-                                &in->box, best, &in->ring);
-    if (lambda > 0) in->lambda_a = lambda;
-    root = root_bound(s, in);
-    if (root > in->root) in->root = root;
-}
-
-/* Keep what a label needs of the boxes that are alive. */
-static int pack(Search *s, const Draft *drafts, int count) {
-    Boxes *in = &s->boxes;
-    in->count = 0;
-    const Draft *kept[MAX_BOXES];
-    for (int b = 0; b < count; b++)
-        if (!drafts[b].dead) kept[in->count++] = drafts + b;
-    in->row = (in->count + WIDE - 1) / WIDE * WIDE;
-    in->a = doubles(s, in->row * s->states), in->dual = doubles(s, in->row * s->states);
-    if (!in->a || !in->dual) return 0;
-    for (int b = 0; b < in->row; b++) {
-        const Draft *draft = b < in->count ? kept[b] : NULL;
-        in->open_low[b] = draft ? draft->box.open_low : 0, in->slow_low[b] = draft ? draft->box.slow_low : 0;
-        in->open_top[b] = draft ? draft->box.open_top : -1, in->slow_top[b] = draft ? draft->box.slow_top : -1;
-        in->lambda_a[b] = draft ? draft->lambda_a : 0;
-        for (int64_t i = 0; i < s->states; i++) {
-            in->a[i * in->row + b] = draft && s->p->limit_a < INFINITY ? draft->a[i] : 0;
-            in->dual[i * in->row + b] = draft ? draft->dual[i] : 0;
-        }
-    }
-    return 1;
-}
-
-/* What each hop does to the maxima, in the order of the tables. */
-static int make_maxima(Search *s) {
-    const Problem *p = s->p;
-    if (s->open_edges) return 1;
-    int64_t n = p->peers;
-    s->open_hops = doubles(s, n * n), s->carry_hops = doubles(s, n * n);
-    s->open_edges = doubles(s, s->edges), s->carry_edges = doubles(s, s->edges);
-    if (!s->open_hops || !s->carry_hops || !s->open_edges || !s->carry_edges) return 0;
-    for (int64_t i = 0; i < n; i++)
-        for (int64_t j = 0; j < n; j++) {
-            double asked = open_hop(p, (int)i, i * n + j), own = p->open_stage[j];
-            s->open_hops[i * n + j] = asked > own ? asked : own;
-            s->carry_hops[i * n + j] = transfer(p, i * n + j);
-        }
-    arrange(s, s->open_edges, s->carry_edges, s->open_hops, s->carry_hops);
-    return 1;
-}
-
-/* Cut a box between its bottom and where its ring is: the upper part has its tables from it. */
-static int cut_box(Search *s, Draft *in, Draft *upper, Best *best) {
-    const Problem *p = s->p;
-    double open = in->ring.open - in->box.open_low, slow = in->ring.slow - in->box.slow_low;
-    double least = FINE * (p->limit_a < INFINITY ? p->limit_a : best->a + best->open);
-    in->whole = !in->ring.ok || (open <= least && p->more_chunks * slow <= least);
-    upper->dead = in->whole;
-    if (in->whole) return 1;
-    *upper = *in;
-    if (open > p->more_chunks * slow)
-        in->box.open_top = upper->box.open_low = in->box.open_low + open / 2;
-    else
-        in->box.slow_top = upper->box.slow_low = in->box.slow_low + slow / 2;
-    if (!draft(s, in, best)) return 0;
-    refine(s, in, best);
-    refine(s, upper, best);
-    return 1;
-}
-
-/* Cut boxes until there are `most`: again and again the one of least bound in two. What they give on the
- * way may end others, or the search. */
-static int make_boxes(Search *s, Draft *drafts, int *count, int most, Best *best) {
-    if (!*count) {
-        if (!make_maxima(s)) return 0;
-        s->boxed = *count = 1;
-        drafts[0] = (Draft){.box = {s->open_later[0], INFINITY, 0, INFINITY}};
-        if (!draft(s, drafts, best)) return 0;
-        refine(s, drafts, best);
-    }
-    while (*count < most) {
-        Draft *in = NULL;
-        for (int b = 0; b < *count; b++) {
-            drafts[b].dead |= drafts[b].root >= best->value;
-            if (!drafts[b].dead && !drafts[b].whole && (!in || drafts[b].root < in->root))
-                in = drafts + b;
-        }
-        if (!in) break;
-        if (!cut_box(s, in, drafts + *count, best)) return 0;
-        *count += !drafts[*count].dead;
-    }
-    for (int b = 0; b < *count; b++) drafts[b].dead |= drafts[b].root >= best->value;
-    return pack(s, drafts, *count);
-}
-
 /* Least a of any head. */
 static int make_a_table(Search *s) {
     if (s->p->limit_a == INFINITY || s->a_table) return 1;
-    s->a_table = doubles(s, s->states);
+    s->a_table = new_table(s);
     if (s->a_table) cost_to_go(s, s->a_table, 0, 0, 1, -1, NULL);
     return s->a_table != NULL;
+}
+
+/* Can any head keep each of the limits? */
+static int in_time(const Search *s) {
+    const Problem *p = s->p;
+    for (int j = 0; j < s->from[1]; j++) {
+        int head = s->holders[j];
+        if (p->limit_t < INFINITY && s->loose.t[j] > p->limit_t) continue;
+        if (p->limit_a == INFINITY) return 1;
+        if (p->a_begin[head] + s->a_table[j] + p->open_stage[head] <= p->limit_a) return 1;
+    }
+    return 0;
 }
 
 /* A label for each head, bounded without a table of its own: those are made when it comes first. */
 static int push_heads(Search *s, Best *best) {
     const Problem *p = s->p;
     if (!s->loose.cost) {
-        s->loose.cost = doubles(s, 3 * s->states);
-        if (!s->loose.cost) return 0;
-        s->loose.t = s->loose.cost + s->states;
-        cost_to_go(s, s->loose.cost, p->weight_price, p->weight_t, p->weight_a, -1, NULL);
+        s->loose.cost = new_table(s), s->loose.t = new_table(s), s->loose_dual = new_table(s);
+        if (!s->loose.cost || !s->loose.t || !s->loose_dual) return 0;
         if (p->limit_t < INFINITY) cost_to_go(s, s->loose.t, 0, 1, 0, -1, NULL);
+        if (!in_time(s)) return 1;
+        cost_to_go(s, s->loose.cost, p->weight_price, p->weight_t, p->weight_a, -1, NULL);
     }
     for (int j = 0; j < s->from[1]; j++) {
         int head = s->holders[j];
@@ -578,8 +316,9 @@ static int push_heads(Search *s, Best *best) {
 static void tighten_loose(Search *s, const Tables *tables) {
     const Problem *p = s->p;
     if (s->loose.dual || !tables->dual) return;
-    s->loose.dual = s->loose.t + s->states;
     s->loose.lambda_t = tables->lambda_t, s->loose.lambda_a = tables->lambda_a;
+    s->loose.dual = s->any_head ? tables->dual : s->loose_dual;
+    if (s->any_head) return;
     cost_to_go(s, s->loose.dual, p->weight_price, p->weight_t + tables->lambda_t,
                p->weight_a + tables->lambda_a, -1, NULL);
 }
@@ -646,7 +385,7 @@ static int64_t run(Search *s, const Problem *p, Answer *answer) {
     size_t used = s->chunks->used;
     s->p = p;
     s->boxed = 0;
-    s->any_head = p->limit_t == INFINITY && p->weight_t < 1e-2 && p->peers > SMALL;
+    s->any_head = p->limit_t == INFINITY && p->weight_t < SLIGHT && p->peers > SMALL;
     s->loose = (Tables){0};
     s->a_table = NULL, s->labels = NULL, s->heap = NULL, s->room = s->heap_room = 0;
     Search before = *s;

@@ -11,73 +11,58 @@ typedef struct {
     double *score;                                     /* [peers]: least cost of a ring through it */
 } Census;
 
+/* For each region the least of `best` and the way there: from it to the others, or from them to it. */
+static void through_gates(const Census *c, const double *best, double *gate, int onward) {
+    int64_t regions = c->regions;
+    for (int one = 0; one < regions; one++) gate[one] = INFINITY;
+    for (int from = 0; from < regions; from++)
+        for (int to = 0; to < regions; to++) {
+            double x = best[onward ? from : to] + c->between[from * regions + to];
+            double *least = gate + (onward ? to : from);
+            *least = x < *least ? x : *least;
+        }
+}
+
 /* Forward and backward over the layers for heads in one region (home < 0: in any), through labels at
- * (layer, region). */
-static void through(const Census *c, const int32_t *from, const int32_t *holders, const int32_t *state,
+ * (layer, region). `forward` is in the order of holders, `now` and `come` (in + enter) by peer. */
+static void through(const Census *c, const int32_t *from, const int32_t *holders, const double *come,
                     double *forward, int home, double *now, double *gate, double *best) {
     int64_t layers = c->layers, regions = c->regions;
     for (int64_t l = 0; l < layers; l++) {
-        if (l) {
-            for (int r = 0; r < regions; r++) best[r] = INFINITY;
-            for (int i = from[l - 1]; i < from[l]; i++) {
-                int q = holders[i], r = c->region[q];
-                double x = forward[state[q] + l - 1 - c->first[q]] + c->out[q];
-                if (x < best[r]) best[r] = x;
-            }
-            for (int to = 0; to < regions; to++) {
-                gate[to] = INFINITY;
-                for (int r = 0; r < regions; r++) {
-                    double x = best[r] + c->between[r * regions + to];
-                    if (x < gate[to]) gate[to] = x;
-                }
-            }
-        }
+        if (l) through_gates(c, best, gate, 1);
+        for (int r = 0; r < regions; r++) best[r] = INFINITY;
         for (int i = from[l]; i < from[l + 1]; i++) {
-            int q = holders[i];
+            int q = holders[i], r = c->region[q];
             double x = INFINITY;
-            if (l == 0) {
-                if (home < 0 || c->region[q] == home) x = c->begin[q] + c->close_in[q] + c->enter[q];
-            } else {
-                x = gate[c->region[q]] + c->in[q] + c->enter[q];
-                if (l > c->first[q]) {
-                    double stay = forward[state[q] + l - 1 - c->first[q]];
-                    if (stay < x) x = stay;
-                }
-            }
-            forward[state[q] + l - c->first[q]] = x + c->layer[q];
+            if (l)
+                x = gate[r] + come[q];
+            else if (home < 0 || r == home)
+                x = c->begin[q] + c->close_in[q] + c->enter[q];
+            if (l > c->first[q] && now[q] < x) x = now[q];
+            x += c->layer[q];
+            forward[i] = now[q] = x;
+            x += c->out[q];
+            best[r] = x < best[r] ? x : best[r];
         }
     }
     for (int64_t l = layers - 1; l >= 0; l--) {
-        if (l < layers - 1) {
-            for (int r = 0; r < regions; r++) best[r] = INFINITY;
-            for (int i = from[l + 1]; i < from[l + 2]; i++) {
-                int q = holders[i], r = c->region[q];
-                double x = c->in[q] + c->enter[q] + c->layer[q] + now[q];
-                if (x < best[r]) best[r] = x;
-            }
-            for (int r = 0; r < regions; r++) {
-                gate[r] = INFINITY;
-                for (int to = 0; to < regions; to++) {
-                    double x = best[to] + c->between[r * regions + to];
-                    if (x < gate[r]) gate[r] = x;
-                }
-            }
-        }
+        if (l < layers - 1) through_gates(c, best, gate, 0);
+        for (int r = 0; r < regions; r++) best[r] = INFINITY;
         for (int i = from[l]; i < from[l + 1]; i++) {
-            int q = holders[i];
+            int q = holders[i], r = c->region[q];
             double x;
             if (l == layers - 1)
                 x = c->finish[q] + c->close_out[q] +
-                    (home < 0 ? 0 : c->close_between[c->region[q] * regions + home]);
+                    (home < 0 ? 0 : c->close_between[r * regions + home]);
             else {
-                x = gate[c->region[q]] + c->out[q];
-                if (l + 1 < c->end[q] && c->layer[q] + now[q] < x) x = c->layer[q] + now[q];
+                x = gate[r] + c->out[q];
+                if (l + 1 < c->end[q] && now[q] < x) x = now[q];
             }
-            now[q] = x;
-            double whole = x + forward[state[q] + l - c->first[q]];
+            double whole = x + forward[i];
             if (whole < c->score[q]) c->score[q] = whole;
+            now[q] = x += c->layer[q]; /* with this layer, for the one before */
+            x += come[q];
+            best[r] = x < best[r] ? x : best[r];
         }
     }
 }
-
-/* False if there is no memory. */

@@ -7,6 +7,7 @@
 #define FEW_LABELS 1000
 #define FINE 0.01
 #define SMALL 32
+#define SLIGHT 1e-2 /* weight of t with which a closing link decides nothing */
 #define MAX_BOXES 32
 
 enum { FOUND = 0, NONE = 1, FOUND_UNPROVEN = 2, GAVE_UP = 3, NO_MEMORY = 4 };
@@ -55,10 +56,10 @@ typedef struct {
     double open_low[MAX_BOXES], open_top[MAX_BOXES], slow_low[MAX_BOXES], slow_top[MAX_BOXES];
     double lambda_a[MAX_BOXES], lambda_t;
     int count, row; /* `row`: the count filled up with boxes that nothing fits */
-    double *a, *dual; /* [states][row]: least a, least cost with the multipliers */
+    double *a, *dual; /* [2 x states][row]: least a, least cost with the multipliers */
 } Boxes;
 
-/* The tables of one head: least rest of the ring from entering a peer at a layer. */
+/* The tables of one head: least rest of the ring. */
 typedef struct {
     double *cost, *t;
     double *dual; /* of the cost with multipliers on the limits; NULL: there are none */
@@ -85,7 +86,7 @@ typedef struct {
     double *t_hops, *a_hops, *open_hops, *carry_hops; /* [from][to] */
     double *t_edges, *a_edges; /* [to][from] for each layer, as the tables need them */
     double *open_edges, *carry_edges; /* what each hop does to the maxima */
-    double *here, *leaves;
+    double *here, *low; /* [peers]: for one table, for one label */
     int32_t *most; /* [peers]: layers of a stage in a box */
     Boxes boxes;
     int boxed;
@@ -93,6 +94,7 @@ typedef struct {
     int any_head; /* the closing link weighs next to nothing: tables and labels of all heads are alike */
     Tables *tables; /* [peers]: of each head that came to the front */
     Tables loose;   /* of any head: decides whether a head gets tables of its own */
+    double *loose_dual; /* room for its dual */
     double *open_later; /* [layers + 1]: the rest of a ring opens no faster than this */
     Chunk *chunks, *idle;
     Label *labels;
@@ -150,6 +152,12 @@ static void *take(Search *s, int64_t count, size_t size) {
 }
 
 static double *doubles(Search *s, int64_t count) { return take(s, count, sizeof(double)); }
+
+/* A table has the least rest from entering a peer at a layer, by slot; and behind that, by state, from
+ * leaving it after that layer. */
+static double *new_table(Search *s) { return doubles(s, 2 * s->states); }
+
+static double *leaves_of(const Search *s, double *table) { return table + s->states; }
 
 /* What was taken since `chunk` was the newest, with `used` of it taken. */
 static void give_back(Search *s, Chunk *chunk, size_t used) {
@@ -227,9 +235,9 @@ static int lay_out(Search *s) {
     s->states = s->edges = 0;
     if (!make_holders(s)) return 0;
     s->t_edges = doubles(s, s->edges), s->a_edges = doubles(s, s->edges);
-    s->leaves = doubles(s, s->states), s->here = doubles(s, 7 * n + 2 * WIDE);
+    s->here = doubles(s, 7 * n + 2 * WIDE), s->low = doubles(s, n);
     s->open_later = doubles(s, layers);
-    if (!s->t_edges || !s->a_edges || !s->leaves || !s->here || !s->open_later) return 0;
+    if (!s->t_edges || !s->a_edges || !s->here || !s->low || !s->open_later) return 0;
     arrange(s, s->t_edges, s->a_edges, s->t_hops, s->a_hops);
     s->open_later[layers] = 0;
     for (int64_t l = layers - 1; l >= 0; l--) {
@@ -359,7 +367,7 @@ static void cost_to_go(Search *s, double *table, double wp, double wt, double wa
     const Problem *p = s->p;
     int64_t n = p->peers, layers = p->layers;
     double *leave = s->here, *rest = leave + n + WIDE, *run = rest + n, *each = run + n;
-    double *enter = each + n;
+    double *enter = each + n, *leaves = leaves_of(s, table);
     for (int64_t i = 0; i < n; i++) {
         run[i] = INFINITY;
         each[i] = wp * p->price_layer[i] + wt * p->t_layer[i] + wa * p->a_layer[i];
@@ -375,11 +383,11 @@ static void cost_to_go(Search *s, double *table, double wp, double wt, double wa
             int peer = s->holders[begin + i];
             int64_t state = s->offset[peer] + l;
             double best = leave[i];
-            s->leaves[state] = best;
+            leaves[state] = best;
             if (box && p->end[peer] - l > most[peer]) { /* look at each end of a stage that is short enough */
                 best = INFINITY;
                 for (int k = 1; k <= most[peer]; k++) {
-                    double x = k * each[peer] + s->leaves[state + k - 1];
+                    double x = k * each[peer] + leaves[state + k - 1];
                     best = x < best ? x : best;
                 }
             } else {

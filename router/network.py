@@ -67,7 +67,7 @@ class Ways:
 
 @dataclass(frozen=True, slots=True)
 class _Tables:
-    """What a snapshot derives from its announcements; the two last are filled when asked for."""
+    """What a snapshot derives from its announcements; the three last are filled when asked for."""
 
     models: Mapping[str, tuple[Announcement, ...]]
     """By peer id."""
@@ -75,6 +75,8 @@ class _Tables:
     """The newest word of each peer on any model: where it is, and whom it knows."""
     columns: dict[str, Columns]
     ways: dict[str, Ways]
+    client_ways: dict[tuple[PeerId | None, str], tuple[Floats, Floats, Flags]]
+    """To all rows of a model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,7 @@ class Snapshot:
     def __post_init__(self) -> None:
         if self._tables is None:
             models = words.by_model(self.announcements)
-            derived = _Tables(models, words.by_peer(self.announcements), {}, {})
+            derived = _Tables(models, words.by_peer(self.announcements), {}, {}, {})
             object.__setattr__(self, "_tables", derived)
 
     # --- who serves what ---------------------------------------------------------------------
@@ -181,34 +183,42 @@ class Snapshot:
 
         Nothing is known of a client that is not named.
         """
-        columns = self.columns(model)
-        rtt_s, jitter_s, known = self._client_estimates(client, columns, rows)
+        held = self._tables.client_ways.get((client, model))
+        if held is None:
+            held = self._client_ways(client, self.columns(model))
+            self._tables.client_ways[client, model] = held
+        rtt_s, jitter_s, known = held
+        return rtt_s[rows], jitter_s[rows], known[rows]
+
+    def _client_ways(self, client: PeerId | None, columns: Columns) -> tuple[Floats, Floats, Flags]:
+        """`client_ways` to all rows."""
+        rtt_s, jitter_s, known = self._client_estimates(client, columns)
         if client is None:
             return rtt_s, jitter_s, known
         if client in self._tables.peers:
-            asked: Iterable[int] = range(len(rows))
+            asked: Iterable[int] = range(len(columns.peers))
         else:  # nobody announces ways to those who are no peers: what it measured is all
             ends = {a if b == client else b for a, b in self.links if client in (a, b)}
-            held = [columns.index[peer] for peer in ends if peer in columns.index]
-            asked = np.flatnonzero(np.isin(rows, held)).tolist()
-        for index in asked:
-            better = self._measured_or_announced(client, columns.peers[rows[index]])
+            asked = [columns.index[peer] for peer in ends if peer in columns.index]
+        for row in asked:
+            better = self._measured_or_announced(client, columns.peers[row])
             if better is not None:
-                rtt_s[index], jitter_s[index] = better
-                known[index] = True
+                rtt_s[row], jitter_s[row] = better
+                known[row] = True
         return rtt_s, jitter_s, known
 
     def _client_estimates(
-        self, client: PeerId | None, columns: Columns, rows: NDArray[Any]
+        self, client: PeerId | None, columns: Columns
     ) -> tuple[Floats, Floats, Flags]:
-        """`client_ways` from coordinates alone."""
+        """`_client_ways` from coordinates alone."""
+        count = len(columns.peers)
         place = None if client is None else self._place(client)
         if place is None or not vivaldi.informed(place):
-            return np.zeros(len(rows)), np.zeros(len(rows)), np.zeros(len(rows), dtype=np.bool_)
-        known = columns.placed[rows]
+            return np.zeros(count), np.zeros(count), np.zeros(count, dtype=np.bool_)
+        known = columns.placed
         here = np.array([place.position_s]), np.array([place.height_s])
-        rtt_s = vivaldi.rtts_s(*here, columns.position[rows], columns.height[rows])
-        jitter_s = _jitter_s(rtt_s, np.array([place.error]), columns.error[rows])
+        rtt_s = vivaldi.rtts_s(*here, columns.position, columns.height)
+        jitter_s = _jitter_s(rtt_s, np.array([place.error]), columns.error)
         return np.where(known, rtt_s[0], 0.0), np.where(known, jitter_s[0], 0.0), known
 
     def _measured_or_announced(self, a: PeerId, b: PeerId) -> tuple[float, float] | None:
@@ -326,7 +336,8 @@ class Snapshot:
             return replace(self, taken_s=now)
         after = self._replaced(model, changed, now)
         # Loads say nothing of ways: those that were made are kept.
-        return replace(after, _tables=replace(after._tables, ways=self._tables.ways))
+        ways, client_ways = self._tables.ways, self._tables.client_ways
+        return replace(after, _tables=replace(after._tables, ways=ways, client_ways=client_ways))
 
     def with_links(
         self, links: Mapping[Pair, Link], coordinates: Coordinates | None, now: float
@@ -335,7 +346,7 @@ class Snapshot:
 
         All tables are shared but those of the ways.
         """
-        derived = replace(self._tables, ways={})
+        derived = replace(self._tables, ways={}, client_ways={})
         return replace(
             self, links=_each_way(links), coordinates=coordinates, taken_s=now, _tables=derived
         )
@@ -406,7 +417,7 @@ class Snapshot:
                 if row is not None:
                     pair = (columns[other].announcements[row], word)
                     columns[other] = tables.with_rows(columns[other], {row: pair})
-        derived = _Tables(models, said, columns, {})
+        derived = _Tables(models, said, columns, {}, {})
         return replace(self, announcements=announcements, taken_s=now, _tables=derived)
 
     # --- for those who want to look ----------------------------------------------------------

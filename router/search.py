@@ -11,10 +11,11 @@ Costs are additive over stages and hops, except that the ring is closed, that ma
 and that no peer may be used twice. A stage may begin and end anywhere in the span of its peer.
 
 *Tables.* For each *head* apart (the closing link depends on it), dynamic programming from the last
-layer to the first gives the least rest of the ring from entering a peer at a layer: of the cost, of
-t, of a, and of the cost with multipliers on both limits (the Lagrangian dual; multipliers by the
-secant of LARAC, Juettner et al., INFOCOM 2001). It forgets that a peer is used once and that maxima
-grow, so each is a bound.
+layer to the first gives the least rest of the ring from entering a peer at a layer, and from
+leaving it after one: of the cost, of t, of a, and of the cost with multipliers on both limits (the
+Lagrangian dual; multipliers by the secant of LARAC, Juettner et al., INFOCOM 2001). It forgets that
+a peer is used once and that maxima grow, so each is a bound. A table in which closing links weigh
+next to nothing, such as that of the price under a limit, is made once for all heads.
 
 *Labels.* Best-first search over partial rings, each bounded by the larger of cost and dual table; a
 label whose bound on t or a exceeds a limit is dropped, and so is one that is no better than another
@@ -22,9 +23,10 @@ at the same head, peer and layer whose peers leave the same choice for the rest 
 Irnich and Desaulniers 2005). No better means: in t, and in a and in the cost at all four corners of
 what the rest can do to the maxima (nothing, raise either or both above those of both labels).
 The first complete ring whose cost no bound undercuts is the answer, and if none is found there is
-none. Since the bounds are nearly always exact, few labels are made: tens without limits, hundreds
-with tight ones. Heads wait in the same queue under a bound that any head may close, and their
-tables are made when they come to the front.
+none. A label is bounded at each layer where it may leave its peer; where that does not end it, all
+that may follow are bounded at once, before one of them is made. Since the bounds are nearly always
+exact, few labels are made: tens without limits, hundreds with tight ones. Heads wait in the same
+queue under a bound that any head may close, and their tables are made when they come to the front.
 
 *Boxes.* Tables of sums do not see maxima that are still to come, so a tight limit on the first
 token would need 100,000 labels. When 300 labels did not settle it, the plane of the two maxima is

@@ -308,6 +308,13 @@ def all_ways(view: Snapshot) -> Ways:
     return view.ways(MODEL, np.arange(len(view.columns(MODEL).peers)))
 
 
+def all_client_ways(view: Snapshot) -> list[Any]:
+    """As lists, for a client that is a peer and one that is none."""
+    rows = np.arange(len(view.columns(MODEL).peers))
+    clients = (peer_id(0), CLIENT)
+    return [[x.tolist() for x in view.client_ways(client, MODEL, rows)] for client in clients]
+
+
 @given(snapshots(), changes)
 def test_a_changed_snapshot_equals_one_from_scratch(
     view: Snapshot, changes: Sequence[tuple[Any, ...]]
@@ -318,7 +325,7 @@ def test_a_changed_snapshot_equals_one_from_scratch(
         held = {(item.peer, item.model): item for item in view.announcements}
         before = (view, view.to_json())
         view.columns(MODEL), view.columns(OTHER_MODEL)
-        all_ways(view)
+        all_ways(view), all_client_ways(view)
         if kind == "word":
             view, items = view.updated(what[0], now), [*held.values(), what[0]]
         elif kind == "gone":
@@ -343,6 +350,7 @@ def test_a_changed_snapshot_equals_one_from_scratch(
         for a in (*(peer_id(index) for index in range(7)), CLIENT):
             assert view.known_link(a, B) == scratch.known_link(a, B)
         assert (all_ways(view).rtt_s == all_ways(scratch).rtt_s).all()
+        assert all_client_ways(view) == all_client_ways(scratch)
         assert before[0].to_json() == before[1], "the old snapshot is as it was"
 
 
