@@ -8,6 +8,10 @@ and 8; the first token ends the prefill and is not counted. Prefill: 40 and 256 
 runs ours, then transformers, and that again, so that a neighbour on the machine disturbs both;
 medians are printed. Ratios travel, absolute numbers do not; on a busy machine trust `cpu_ratio`
 (processor seconds) before `ratio` (the clock). The last line is one JSON object.
+
+    python benchmarks/engine.py --device cuda [--shape 8b 70b] [--batch 1 16 64] [--quant int8 int4]
+
+measures layers with random weights on a GPU instead: see `engine_gpu.py`.
 """
 
 from __future__ import annotations
@@ -152,7 +156,20 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--backend", choices=["auto", "torch", "native"], default="auto")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 2, 4, 8])
+    gpu = parser.add_argument_group("on a GPU")
+    gpu.add_argument("--device", default="cpu")
+    gpu.add_argument("--shape", nargs="*", choices=["8b", "70b", "tiny"], default=["8b", "70b"])
+    gpu.add_argument("--layers", type=int, help="default: 32 of 8b, 16 of 70b")
+    gpu.add_argument("--batch", type=int, nargs="*", default=[1, 16, 64])
+    gpu.add_argument("--ctx", type=int, default=1024)
+    gpu.add_argument("--quant", nargs="*", choices=["int8", "int4"], default=["int8", "int4"])
+    gpu.add_argument("--no-eager", action="store_true", help="without Hugging Face beside it")
     given = parser.parse_args()
+    if given.device != "cpu":
+        import engine_gpu  # needs Triton
+
+        engine_gpu.main(given)
+        return
     torch.set_num_threads(given.threads)
     ids = AutoTokenizer.from_pretrained(given.model)(TEXT * 8)["input_ids"]
     ours, theirs = Ours(given.model, given.backend), Theirs(given.model)

@@ -1,18 +1,23 @@
 """Which implementation of the operations a shard uses: chosen by name, never by a caught exception.
 
 A backend is anything with the functions of `hexswarm.kernels.reference`. "native" is that reference
-too, for long batches; short ones run as whole layers in `hexswarm.kernels.native`.
+too, for long batches; short ones run as whole layers in `hexswarm.kernels.native`. "triton" are the
+operations of `hexswarm.kernels.compiled`; decode steps run as whole layers in
+`hexswarm.kernels.gpu`. Triton is imported by those who use it: it exists on Linux alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, cast
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from hexswarm.kernels import native, reference
+from hexswarm.kernels import native
+from hexswarm.kernels.quantise import Quantised
 from hexswarm.kernels.ragged import Piece
 
 
@@ -25,27 +30,61 @@ class Operations(Protocol):
         self, positions: Tensor, frequencies: Tensor, scaling: float, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]: ...
 
-    def rotate_(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor: ...
+    def rope_append_(
+        self,
+        qkv: Tensor,
+        rope: tuple[Tensor, Tensor],
+        slots: Tensor,
+        cache: Tensor,
+        heads: int,
+        norm: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> None: ...
 
     def silu_mul(self, gate_up: Tensor) -> Tensor: ...
 
-    def append_(self, cache: Tensor, slots: Tensor, keys_values: Tensor) -> None: ...
+    def project(
+        self, x: Tensor, weight: Tensor | Quantised, bias: Tensor | None = None
+    ) -> Tensor: ...
+
+    def add_projected_(
+        self, x: Tensor, y: Tensor, weight: Tensor | Quantised, bias: Tensor | None = None
+    ) -> Tensor: ...
 
     def attend(self, q: Tensor, cache: Tensor, pieces: Sequence[Piece], scale: float) -> Tensor: ...
 
 
-BACKENDS: dict[str, Operations] = {
-    "torch": cast(Operations, reference),
-    "native": cast(Operations, reference),
+BACKENDS: dict[str, str] = {
+    "torch": "hexswarm.kernels.reference",
+    "native": "hexswarm.kernels.reference",
+    "triton": "hexswarm.kernels.compiled",
 }
+"""The module of each backend's operations."""
 
 
-def choose(device: torch.device, dtype: torch.dtype) -> str:
+def choose(device: torch.device, dtype: torch.dtype, head_dim: int = 64) -> str:
     """The fastest backend for weights of this kind in this installation."""
-    suitable = device.type == "cpu" and dtype == torch.float32
-    return "native" if suitable and native.available() else "torch"
+    if device.type == "cpu":
+        return "native" if dtype == torch.float32 and native.available() else "torch"
+    suitable = device.type == "cuda" and _tiles(head_dim) and _young(device)
+    return "triton" if suitable and find_spec("triton") is not None else "torch"
 
 
 def operations(backend: str) -> Operations:
     """The operations of a backend; KeyError for an unknown name."""
-    return BACKENDS[backend]
+    return cast(Operations, import_module(BACKENDS[backend]))
+
+
+def gpu_layers(*args: Any, **options: Any) -> Any:
+    """The `hexswarm.kernels.gpu.GpuLayers` of these arguments."""
+    return import_module("hexswarm.kernels.gpu").GpuLayers(*args, **options)
+
+
+def _tiles(head_dim: int) -> bool:
+    """Whether a head is a tile of the matrix units."""
+    return head_dim >= 16 and head_dim & (head_dim - 1) == 0
+
+
+def _young(device: torch.device) -> bool:
+    """Whether the device has the instructions (NVIDIA: Ampere and later)."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -43,10 +43,11 @@ def _silu_mul(x_ptr, out_ptr, width, stride_x, stride_out, BLOCK: tl.constexpr):
     tl.store(out_ptr + row * stride_out + at, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
+def silu_mul(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
     """silu(gate) * up of `[rows, 2 * width]`, gate first."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
+    if out is None:
+        out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
     grid = (rows, triton.cdiv(width, 1024))
     _silu_mul[grid](gate_up, out, width, gate_up.stride(0), out.stride(0), BLOCK=1024, num_warps=4)
     return out

@@ -22,41 +22,23 @@ the matrix units want another order of the registers than memory gives (tried: t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from hexswarm.kernels.quantise import Quantised
+
 ROWS = 16
 """Most tokens of a batch."""
 
 
-@dataclass(frozen=True, slots=True)
-class Quantised:
-    """A matrix `[out, in]` in few bits.
-
-    int8: `values` `[out, in]`. int4: eight in each int32, `[out, in / 8]`; of eight groups side by
-    side, word j holds input j of each, the first lowest, all plus 8. So a word's steps are widened
-    by one shift and one mask each, and multiply eight long pieces of x.
-    """
-
-    values: Tensor
-    scales: Tensor
-    """int8: float32 `[out]`; int4: float16 `[out, in / group]`."""
-    bits: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        rows, width = self.values.shape
-        return rows, width * self.values.element_size() * 8 // self.bits
-
-
 @triton.jit
 def _linear(
-    x_ptr, w_ptr, scale_ptr, out_ptr, M, N, K, stride_x, stride_out,
-    GATED: tl.constexpr, ADD: tl.constexpr, BITS: tl.constexpr,
+    x_ptr, w_ptr, scale_ptr, bias_ptr, out_ptr, M, N, K, stride_x, stride_out,
+    GATED: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, BITS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, 16)
@@ -80,6 +62,10 @@ def _linear(
         total *= tl.load(scale_ptr + columns, mask=inside, other=0.0)[None, :]
         if GATED:
             up *= tl.load(scale_ptr + columns + N, mask=inside, other=0.0)[None, :]
+    if BIAS:
+        total += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            up += tl.load(bias_ptr + columns + N, mask=inside, other=0.0).to(tl.float32)[None, :]
     if GATED:
         total = total / (1.0 + tl.exp(-total)) * up
     out_at = out_ptr + rows[:, None] * stride_out + columns[None, :]
@@ -109,8 +95,9 @@ def _sum4(sums, x_ptr, w_ptr, scale_ptr, columns, inside, start, K, GROUP: tl.co
 
 @triton.jit
 def _linear4(
-    x_ptr, w_ptr, scale_ptr, out_ptr, N, K, stride_x, stride_out,
-    GATED: tl.constexpr, ADD: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
+    x_ptr, w_ptr, scale_ptr, bias_ptr, out_ptr, N, K, stride_x, stride_out,
+    GATED: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = columns < N
@@ -123,8 +110,13 @@ def _linear4(
         if GATED:
             ups = _sum4(ups, x_ptr, w_ptr, scale_ptr, columns + N, inside, start, K, GROUP)
     total = 16.0 * tl.sum(sums, axis=1)
+    if BIAS:
+        total += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     if GATED:
-        total = total / (1.0 + tl.exp(-total)) * (16.0 * tl.sum(ups, axis=1))
+        up = 16.0 * tl.sum(ups, axis=1)
+        if BIAS:
+            up += tl.load(bias_ptr + columns + N, mask=inside, other=0.0).to(tl.float32)
+        total = total / (1.0 + tl.exp(-total)) * up
     out_at = out_ptr + row * stride_out + columns
     if ADD:
         total += tl.load(out_at, mask=inside, other=0.0).to(tl.float32)
@@ -136,11 +128,12 @@ def linear(
     weight: Tensor | Quantised,
     out: Tensor,
     *,
+    bias: Tensor | None = None,
     gated: bool = False,
     add: bool = False,
     shape: tuple[int, int, int, int] | None = None,
 ) -> Tensor:
-    """`out` = x @ weight.T, for `[tokens, in]`, at most `ROWS`, and `[out, in]`; see the module.
+    """`out` = x @ weight.T + bias, for `[tokens, in]`, at most `ROWS`, and `[out, in]`.
 
     `gated`: `weight` is gate then up, `[2 * out, in]`. `add`: adds to what is in `out`. `shape`:
     block of outputs, block of inputs, warps and stages, to be tried out.
@@ -149,19 +142,25 @@ def linear(
     outputs = weight.shape[0] // 2 if gated else weight.shape[0]
     bits = weight.bits if isinstance(weight, Quantised) else 16
     values, scales = (weight.values, weight.scales) if bits < 16 else (weight, weight)
-    block_n, block_k, warps, stages = shape or _shape(outputs, gated, bits)
+    assert tokens <= ROWS
+    assert values.is_contiguous()
+    if shape is None:
+        shape = _shape(outputs, gated, bits)
+        if bits > 4:
+            shape = _fitting(shape, gated, x.dtype.itemsize, values.element_size(), x.device)
+    block_n, block_k, warps, stages = shape
     blocks = triton.cdiv(outputs, block_n)
-    fixed = {"GATED": gated, "ADD": add, "BLOCK_N": block_n}
+    pointers = (x, values, scales, x if bias is None else bias, out)
+    fixed = {"GATED": gated, "ADD": add, "BIAS": bias is not None, "BLOCK_N": block_n}
     run = {"num_warps": warps, "num_stages": stages}
     if bits == 4:
         group = inputs // scales.shape[1]
         _linear4[(blocks, tokens)](
-            *(x, values, scales, out, outputs, inputs, x.stride(0), out.stride(0)),
-            **fixed, GROUP=group, **run,
-        )  # fmt: skip
+            *pointers, outputs, inputs, x.stride(0), out.stride(0), **fixed, GROUP=group, **run
+        )
     else:
         _linear[(blocks,)](
-            *(x, values, scales, out, tokens, outputs, inputs, x.stride(0), out.stride(0)),
+            *(*pointers, tokens, outputs, inputs, x.stride(0), out.stride(0)),
             **fixed, BITS=bits, BLOCK_K=block_k, **run,
             EXACT="ieee" if x.dtype == torch.float32 else "tf32",
         )  # fmt: skip
@@ -177,3 +176,24 @@ def _shape(outputs: int, gated: bool, bits: int) -> tuple[int, int, int, int]:
     if gated:
         return 32, 128, 2, 3
     return (16, 512, 2, 3) if outputs < 8192 else (32, 512, 2, 3)
+
+
+def _fitting(
+    shape: tuple[int, int, int, int], gated: bool, wide: int, narrow: int, device: torch.device
+) -> tuple[int, int, int, int]:
+    """`shape` with a shorter block of inputs where its stages would not fit the device."""
+    block_n, block_k, warps, stages = shape
+    columns = 2 * block_n if gated else block_n
+    while block_k > 32 and (16 * wide + columns * narrow) * block_k * stages > shared(device):
+        block_k //= 2
+    return block_n, block_k, warps, stages
+
+
+@lru_cache(maxsize=16)
+def shared(device: torch.device) -> int:
+    """Bytes of shared memory for a program's tiles: of 227 KB on an H100, 99 on a gamer's card."""
+    if device.type != "cuda":
+        return 1 << 30
+    properties = torch.cuda.get_device_properties(device)
+    most = int(getattr(properties, "shared_memory_per_block_optin", 64 << 10))
+    return most - (8 << 10)  # reductions and changes of layout need some

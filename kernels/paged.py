@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hexswarm.kernels.linear import shared
+
 LOG2_E = math.log2(math.e)
 
 
@@ -105,6 +107,8 @@ def _join(
 
 TILE = 64
 """Tokens that a program attends to at a time."""
+STAGES = 3
+"""Tiles that are on their way at a time, where they fit."""
 LEAST = 2 * TILE
 """Tokens of the shortest split."""
 SPLIT_ITEMS = 256
@@ -119,13 +123,17 @@ class Plan:
     """
 
     def __init__(self, most: int, blocks: int, device: torch.device, parallel: int) -> None:
-        """For at most `most` sessions with `blocks` blocks; `parallel` splits fill the device."""
+        """For at most `most` sessions whose tables have `blocks` entries in all.
+
+        `parallel` splits fill the device.
+        """
         self.most, self.parallel = most, parallel
         self.least = LEAST
         self._tables_at = 2 + 3 * most + 1 + 2 * (most + SPLIT_ITEMS)
         size = self._tables_at + blocks
         pinned = device.type == "cuda"
         self._host = torch.zeros(size, dtype=torch.int32, pin_memory=pinned)
+        self._taken = torch.cuda.Event() if pinned else None
         self._numbers = self._host.numpy()
         self.numbers = torch.zeros(size, dtype=torch.int32, device=device)
         self.tables = self.numbers[self._tables_at :]
@@ -133,6 +141,8 @@ class Plan:
 
     def set(self, lengths: Sequence[int], tables: Sequence[Sequence[int]]) -> None:
         """Sessions that see `lengths` tokens, through these block tables."""
+        if self._taken is not None:
+            self._taken.synchronize()  # the last step's copy may still wait for its turn
         n, most, numbers = len(lengths), self.most, self._numbers
         split = self._split(lengths)
         counts = [-(-length // split) for length in lengths]
@@ -155,6 +165,8 @@ class Plan:
             numbers[at : at + len(table)] = table
             at += len(table)
         self.numbers[:at].copy_(self._host[:at], non_blocking=True)
+        if self._taken is not None:
+            self._taken.record()
 
     def _split(self, lengths: Sequence[int]) -> int:
         """Tokens of a split: as many splits as fill the device, in whole tiles."""
@@ -180,13 +192,17 @@ class PagedDecode:
 
     def attend(
         self, q: Tensor, cache: Tensor, out: Tensor, scale: float, window: int | None = None,
-        *, tile: int = TILE, warps: int = 4, stages: int = 3, programs: int | None = None,
+        *, tile: int = TILE, warps: int = 4, stages: int | None = None,
+        programs: int | None = None,
     ) -> Tensor:  # fmt: skip
         """`out` `[rows, heads * dim]` of queries at the start of each row of `q`."""
         plan, rows = self.plan, q.shape[0]
         group = max(16, triton.next_power_of_2(self.heads // self.kv_heads))
         exact = "ieee" if q.dtype == torch.float32 else "tf32"
         grid = (programs or max(rows, plan.parallel), self.kv_heads)
+        if stages is None:
+            room = shared(q.device) // (2 * tile * self.dim * q.element_size())
+            stages = min(max(room, 1), STAGES)
         _attend[grid](
             *(q, cache, plan.numbers, plan.tables, self._part, self._peak),
             *(q.stride(0), scale * LOG2_E, window or 0, plan.most),

@@ -8,10 +8,11 @@ clipping one weight a little costs less than coarser steps for the others.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
-
-from hexswarm.kernels.linear import Quantised
 
 GROUPS = (128, 64, 32, 16)
 """Inputs that share a scale in int4; eight groups lie in the same words."""
@@ -20,10 +21,63 @@ SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)
 """Shares of the largest weight that are tried as the end of the int4 range."""
 
 
+PIECE = 1 << 24
+"""Weights that are rounded at a time: what is in between takes twenty bytes for each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quantised:
+    """A matrix `[out, in]` in few bits.
+
+    int8: `values` `[out, in]`. int4: eight in each int32, `[out, in / 8]`; of eight groups side by
+    side, word j holds input j of each, the first lowest, all plus 8. So a word's steps are widened
+    by one shift and one mask each, and multiply eight long pieces of x.
+    """
+
+    values: Tensor
+    scales: Tensor
+    """int8: float32 `[out]`; int4: float16 `[out, in / group]`."""
+    bits: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, width = self.values.shape
+        return rows, width * self.values.element_size() * 8 // self.bits
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.scales.nbytes
+
+
 def quantise(weight: Tensor, bits: int) -> Quantised:
     """Round a matrix `[out, in]` to 8 or 4 bits; to 8 if `in` is no multiple of 128."""
-    group = next((size for size in GROUPS if weight.shape[1] % (8 * size) == 0), None)
-    return _eight(weight) if bits == 8 or group is None else _four(weight, group)
+    inputs = weight.shape[1]
+    group = _group(inputs)
+    pieces = weight.split(max(PIECE // inputs, 1))
+    if bits == 8 or group is None:
+        return join([_eight(piece) for piece in pieces])
+    return join([_four(piece, group) for piece in pieces])
+
+
+def rounded_bytes(outputs: int, inputs: int, bits: int) -> int:
+    """What a matrix rounded to `bits` takes."""
+    group = _group(inputs)
+    if bits == 8 or group is None:
+        return outputs * (inputs + 4)
+    return outputs * (inputs // 2 + 2 * (inputs // group))
+
+
+def _group(inputs: int) -> int | None:
+    """Inputs of a group in int4; None if there is no such group."""
+    return next((size for size in GROUPS if inputs % (8 * size) == 0), None)
+
+
+def join(parts: Sequence[Quantised]) -> Quantised:
+    """One matrix of the outputs of several, which have the same inputs."""
+    if len(parts) == 1:
+        return parts[0]
+    values = torch.cat([part.values for part in parts])
+    return Quantised(values, torch.cat([part.scales for part in parts]), parts[0].bits)
 
 
 def dequantise(weight: Quantised, dtype: torch.dtype) -> Tensor:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -82,6 +83,14 @@ class Ragged:
             pieces.append(_piece(extent, first, window, dtype, self.positions.device))
             first += extent.count
         return tuple(pieces)
+
+    def part(self, chosen: Sequence[int]) -> tuple[Ragged, Tensor]:
+        """The extents with these indices as a batch of their own, and its rows in this one."""
+        firsts = [0, *accumulate(extent.count for extent in self.extents)]
+        rows = [row for index in chosen for row in range(firsts[index], firsts[index + 1])]
+        index = torch.tensor(rows, device=self.positions.device)
+        extents = tuple(self.extents[at] for at in chosen)
+        return Ragged(extents, self.positions[index], self.slots[index]), index
 
 
 def ragged(extents: Sequence[Extent], device: torch.device) -> Ragged:

@@ -1,6 +1,6 @@
 """The operations of a decoder layer, each in a few lines of plain PyTorch.
 
-They are the meaning of the faster versions (Triton, later), the tests' yardstick, and on a CPU the
+They are the meaning of the faster versions, the tests' yardstick, and on a CPU the
 product itself. So each is also the cheapest formulation that we measured there: at decode a layer's
 arrays are so small that the number of operations counts, not their size. Functions that end in an
 underscore change their first argument.
@@ -61,6 +61,39 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 def append_(cache: Tensor, slots: Tensor, keys_values: Tensor) -> None:
     """Write `[tokens, 2, kv heads, head dim]` into their slots of one layer's cache."""
     cache.index_copy_(0, slots, keys_values)
+
+
+def rope_append_(
+    qkv: Tensor,
+    rope: tuple[Tensor, Tensor],
+    slots: Tensor,
+    cache: Tensor,
+    heads: int,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    """Rotate queries of `qkv` `[tokens, (heads + 2 kv heads) * dim]` in place, append the rest.
+
+    `rope` is that of `rope_tables`; `norm`, if given, weighs queries and keys, head by head.
+    """
+    _, _, kv_heads, dim = cache.shape
+    every = qkv.view(-1, heads + 2 * kv_heads, dim)
+    turned = every[:, : heads + kv_heads]
+    if norm is not None:
+        every[:, : heads + kv_heads] = rms_norm(turned, norm, eps)
+    rotate_(turned, *rope)
+    append_(cache, slots, every[:, heads:].view(-1, 2, kv_heads, dim))
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight + bias, for a weight `[in, out]`."""
+    return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
+
+
+def add_projected_(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x += y @ weight + bias, the sum inside the matrix product."""
+    x.addmm_(y, weight)
+    return x if bias is None else x.add_(bias)
 
 
 def attend(q: Tensor, cache: Tensor, pieces: Sequence[Piece], scale: float) -> Tensor:

@@ -30,6 +30,7 @@ from hexswarm.peer.loading import (
     Served,
     check_span,
     choose_device,
+    kept_bits,
     load,
     span_for_memory,
 )
@@ -198,7 +199,8 @@ class Peer:
         view = snapshot(self.member.alive(), {}, self.clock.wall())
         coverage = view.coverage(folder.spec.digest) or [0] * folder.spec.layers
         budget = int(free_bytes(device) * MEMORY_SHARE)
-        return span_for_memory(folder, self.config.kv_tokens, dtype, budget, coverage)
+        bits = kept_bits(self.config, folder, device, dtype)
+        return span_for_memory(folder, self.config.kv_tokens, dtype, budget, coverage, bits)
 
     def _current(self) -> Announcement:
         served, spec = self.served, self.served.folder.spec
@@ -212,7 +214,7 @@ class Peer:
             layers=spec.layers,
             span=served.span,
             state=self._state,
-            dtype=served.dtype,
+            dtype=served.numerics,
             device=served.device,
             speed=engine.speed_now() or served.measured.speed,
             free_kv_tokens=load.free_kv_tokens,

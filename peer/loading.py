@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from hexswarm.architecture import span_shapes
 from hexswarm.config import PeerConfig
 from hexswarm.errors import OutOfMemory, UsageError
+from hexswarm.kernels.dispatch import choose
+from hexswarm.kernels.quantise import rounded_bytes
 from hexswarm.peer.cache import BLOCK_TOKENS
 from hexswarm.peer.models.architecture import read_architecture
 from hexswarm.peer.probe import Measured, cached, measure
 from hexswarm.peer.runner import Runner
-from hexswarm.peer.shard import Shard
-from hexswarm.peer.weights import load_span, span_bytes
+from hexswarm.peer.shard import BITS, Shard
+from hexswarm.peer.weights import load_span
 from hexswarm.progress import Progress
 from hexswarm.records import DTYPES, Span
 from hexswarm.store import ModelFolder
@@ -36,6 +40,15 @@ class Served:
     dtype: str
     device: str
     measured: Measured
+    quant: str = "none"
+
+    @property
+    def numerics(self) -> str:
+        """With which numbers the layers compute: answers are alike among peers that say the same.
+
+        "bfloat16" for weights as they are, "bfloat16+int8" for rounded ones.
+        """
+        return self.dtype if self.quant == "none" else f"{self.dtype}+{self.quant}"
 
 
 def choose_device(config: PeerConfig) -> tuple[str, str]:
@@ -65,18 +78,42 @@ def check_span(span: Span, layers: int) -> Span:
     return span
 
 
+def kept_bits(config: PeerConfig, folder: ModelFolder, device: str, dtype: str) -> int:
+    """Bits of a weight in the layers' matrices as they are kept on `device`; 16: as `dtype` has."""
+    head_dim = read_architecture(folder.config).head_dim
+    backend = choose(torch.device(device), getattr(torch, dtype), head_dim)
+    return BITS[config.quant] if backend == "triton" else 16
+
+
+def held_bytes(folder: ModelFolder, span: Span, dtype: str, bits: int = 16) -> int:
+    """Bytes of the weights of `span`, matrices of layers in `bits` if those are below 16."""
+    total = 0
+    for name, shape in span_shapes(folder.config, span).items():
+        if bits < 16 and len(shape) == 2 and name.startswith("model.layers."):
+            total += rounded_bytes(*shape, bits)
+        else:
+            total += math.prod(shape) * DTYPES[dtype]
+    return total
+
+
 def span_for_memory(
-    folder: ModelFolder, kv_tokens: int, dtype: str, budget: int, coverage: Sequence[int]
+    folder: ModelFolder,
+    kv_tokens: int,
+    dtype: str,
+    budget: int,
+    coverage: Sequence[int],
+    bits: int = 16,
 ) -> Span:
     """As many layers as fit `budget` bytes, where the swarm has the fewest copies.
 
-    Ties go to the lower layer. Raises OutOfMemory if not even one layer fits.
+    `bits` are those of `kept_bits`. Ties go to the lower layer. Raises OutOfMemory if not even one
+    layer fits.
     """
     layers = folder.spec.layers
     kv_layer = folder.spec.kv_bytes_per_token_layer // 2 * DTYPES[dtype] * kv_tokens
 
     def fits(span: Span) -> bool:
-        return span_bytes(folder, span, dtype) + kv_layer * len(span) <= budget
+        return held_bytes(folder, span, dtype, bits) + kv_layer * len(span) <= budget
 
     for length in range(layers, 0, -1):
         windows = [Span(first, first + length) for first in range(layers - length + 1)]
@@ -101,7 +138,9 @@ def load(
     torch_dtype = getattr(torch, dtype)
     tensors = load_span(folder, span, dtype=torch_dtype, device="cpu", progress=progress)
     architecture = read_architecture(folder.config)
-    shard = Shard(architecture, span, folder.spec.layers, tensors, dtype, device)
+    shard = Shard(
+        architecture, span, folder.spec.layers, tensors, dtype, device, quant=config.quant
+    )
     blocks = -(-config.kv_tokens // BLOCK_TOKENS)
     try:
         pool = shard.make_pool(blocks)
@@ -110,9 +149,13 @@ def load(
             f"KV for {config.kv_tokens} tokens does not fit {device}",
             remedy="lower --kv-tokens",
         ) from error
+    if shard.backend == "triton":
+        progress.note(f"compiling for layers {span} on {device}")
+        shard.warm(pool)
     runner = Runner(shard, pool)
     parts = (
-        *(folder.spec.digest, span, dtype, device, shard.backend, torch.get_num_threads()),
+        *(folder.spec.digest, span, dtype, config.quant, device, shard.backend),
+        torch.get_num_threads(),
         *(__version__, torch.__version__, platform.processor(), platform.node()),
     )
     progress.note(f"measuring the speed of layers {span} on {device}")
@@ -121,4 +164,4 @@ def load(
         parts,
         lambda: measure(runner.run, span, folder.spec.layers, folder.spec.hidden, dtype),
     )
-    return Served(folder, span, runner, blocks, dtype, device, measured)
+    return Served(folder, span, runner, blocks, dtype, device, measured, config.quant)

@@ -143,7 +143,17 @@ def _rules(request: RouteRequest) -> Iterator[_Rule]:
             ),
             "deny fewer peers or allow more",
         )
-    if request.dtypes is not None:
+    if request.dtypes is None:
+        yield _Rule(
+            "dtype",
+            lambda columns: ~columns.rounded,
+            lambda layers, name, held: (
+                f"the peers that serve {layers} of {name} have rounded its weights "
+                f"({', '.join(sorted({item.dtype for item in held}))})"
+            ),
+            "ask for such peers with --dtype",
+        )
+    else:
         dtypes = request.dtypes
         yield _Rule(
             "dtype",

@@ -54,6 +54,8 @@ class Columns:
     """0 if not known; a known bandwidth is finite, so never 0."""
     down_s_per_byte: Floats
     relayed: Flags
+    rounded: Flags
+    """Weights in fewer bits than the model has."""
     regions: Regions
     region: NDArray[np.int16]
     """0: the unknown place."""
@@ -178,6 +180,7 @@ _DTYPES: dict[str, type] = {
     "up_s_per_byte": np.float64,
     "down_s_per_byte": np.float64,
     "relayed": np.bool_,
+    "rounded": np.bool_,
 }
 """The columns that are read off a record, in the order of `_values`."""
 
@@ -193,7 +196,7 @@ def _values(item: Announcement, word: Announcement) -> tuple[Any, ...]:
         *(speed.decode_layer_s, speed.row_layer_s, speed.prefill_layer_s, speed.head_s),
         *(item.queue_s, item.rows, item.busy, item.free_kv_tokens, item.kv_tokens),
         *((place.position_s, place.height_s, place.error) if place else (_NOWHERE, *_NOWHERE[:2])),
-        *(_s_per_byte(up), _s_per_byte(down), word.relayed),
+        *(_s_per_byte(up), _s_per_byte(down), word.relayed, "+" in item.dtype),
     )
 
 

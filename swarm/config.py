@@ -25,6 +25,9 @@ from hexswarm.records import DTYPES, Span
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 """The small model of the demo and the tests; see `hexswarm.store`."""
 
+QUANTS = ("none", "int8", "int4")
+"""How a peer may round the weights of its layers."""
+
 T = TypeVar("T")
 
 
@@ -132,6 +135,7 @@ class PeerConfig(ListenConfig):
     span: Span | None = option(None, "layers to serve, FIRST:END; default: by free memory")
     device: str = option("auto", "cpu, cuda, cuda:N or auto")
     dtype: str = option("auto", "float32, bfloat16, float16 or auto (float32 on CPU)")
+    quant: str = option("none", "round the layers' weights on load: none, int8 or int4")
     kv_tokens: int = option(16384, "tokens of all sessions for which KV memory is kept")
     threads: int = option(0, "CPU threads for the layers; 0 lets PyTorch choose")
     lease_s: float = option(60.0, "seconds after which an idle session loses its KV")
@@ -147,6 +151,8 @@ class PeerConfig(ListenConfig):
         ListenConfig.__post_init__(self)
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise UsageError(f"unknown dtype {self.dtype!r}", remedy=f"use {', '.join(DTYPES)}")
+        if self.quant not in QUANTS:
+            raise UsageError(f"unknown quant {self.quant!r}", remedy=f"use {', '.join(QUANTS)}")
         if self.kv_tokens < 16:
             raise UsageError("kv_tokens is at least 16")
         if self.journal is not None and not 0 <= self.journal < 1 << 50:

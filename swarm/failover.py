@@ -248,7 +248,7 @@ class Mender:
         wards = [ward for ward in self._wards.values() if ward.alive]
         stages = dict.fromkeys(s.peer for ward in wards for s in ward.session.route.stages)
         others = [peer for peer in links.peers() if peer not in stages][:WITNESSES]
-        silent_s = {peer: links.silent_s(peer) for peer in (*stages, *others, *self._rumours)}
+        silent_s = {peer: links.silent_s(peer, now) for peer in (*stages, *others, *self._rumours)}
         for peer in self._pulse.beat(now, silent_s):
             links.ping(peer)
         self._check_rumours(now)

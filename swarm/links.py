@@ -267,10 +267,9 @@ class Links:
             return self._write(link, [(message, payload)], lane)
         return False
 
-    def silent_s(self, peer: PeerId) -> float:
-        """Seconds since anything came from `peer`; inf without a link. Unlike `heard_s` this knows
-        nothing of when somebody began to listen, or was held up."""
-        now = self._clock.monotonic()
+    def silent_s(self, peer: PeerId, now: float) -> float:
+        """Seconds until `now` since anything came from `peer`; inf without a link. Unlike `heard_s`
+        this knows nothing of when somebody began to listen, or was held up."""
         return min((now - link.came_s for link in self._links.get(peer, ())), default=math.inf)
 
     def idle_since_s(self, peer: PeerId) -> float:

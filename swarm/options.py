@@ -17,7 +17,7 @@ from typing import Any
 
 from hexswarm.config import byte_rate, option, seconds
 from hexswarm.errors import UsageError
-from hexswarm.records import DTYPES, PeerId, Sampling
+from hexswarm.records import NUMERICS, PeerId, Sampling
 
 LIMIT_PERCENTILE = 95.0
 """Of requests that state a limit and no percentile."""
@@ -78,8 +78,8 @@ class Wishes:
         for name in ("allow", "deny", "trusted", "dtypes"):
             _check_names(name, getattr(self, name))
         for dtype in self.dtypes or ():
-            if dtype not in DTYPES:
-                raise UsageError(f"unknown dtype {dtype!r}", remedy=f"use {', '.join(DTYPES)}")
+            if dtype not in NUMERICS:
+                raise UsageError(f"unknown dtype {dtype!r}", remedy=f"use {', '.join(NUMERICS)}")
 
     @property
     def limited(self) -> bool:

@@ -20,6 +20,12 @@ PeerId = NewType("PeerId", str)
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Element types allowed for weights, KV and activations, with their size in bytes."""
 
+ROUNDINGS = ("int8", "int4")
+"""How a peer may have rounded the weights of its layers."""
+
+NUMERICS = (*DTYPES, *(f"{dtype}+{rounding}" for dtype in DTYPES for rounding in ROUNDINGS))
+"""With which numbers a peer computes: an element type, and how its weights are rounded."""
+
 State = Literal["joining", "online", "draining"]
 
 
@@ -188,6 +194,7 @@ class Announcement:
     span: Span
     state: State
     dtype: str
+    """One of `NUMERICS`."""
     device: str
     speed: Speed
     free_kv_tokens: int
@@ -219,7 +226,7 @@ class Announcement:
     def __post_init__(self) -> None:
         if self.span.end > self.layers:
             raise UsageError(f"span {self.span} reaches beyond layer {self.layers}")
-        if self.dtype not in DTYPES:
+        if self.dtype not in NUMERICS:
             raise UsageError(f"unknown dtype {self.dtype!r}")
         if self.state not in ("joining", "online", "draining"):
             raise UsageError(f"unknown state {self.state!r}")
@@ -349,7 +356,7 @@ class RouteRequest:
     trusted: frozenset[PeerId] | None = None
     """If given, no other peer may see the request's activations."""
     dtypes: frozenset[str] | None = None
-    """If given, weights of these element types only."""
+    """If given, peers of these `NUMERICS` only; otherwise those whose weights are not rounded."""
     min_bytes_per_s: float = 0.0
     """Peers must be known to send and receive at least as fast."""
     warm: frozenset[PeerId] = frozenset()

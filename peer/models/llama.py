@@ -1,7 +1,8 @@
 """Turns Hugging Face tensors into decoder layers for Llama, Mistral, Qwen2 and Qwen3.
 
 Each source tensor is taken out of the caller's mapping as it is copied into its place in a fused
-matrix, so that loading needs room for the span plus little more than one layer.
+matrix, so that loading needs room for the span plus little more than one layer. Rounding to few
+bits goes tensor by tensor, too.
 """
 
 from __future__ import annotations
@@ -12,17 +13,29 @@ import torch
 from torch import Tensor
 
 from hexswarm.errors import CorruptWeights
+from hexswarm.kernels.quantise import Quantised, dequantise, join, quantise
 from hexswarm.peer.models.architecture import Architecture
 from hexswarm.peer.models.layers import DecoderLayer
 
 
 class Source:
-    """The tensors of a checkpoint, taken out one by one, checked and moved to their place."""
+    """The tensors of a checkpoint, taken out one by one, checked and moved to their place.
+
+    `by_rows`: matrices lie `[out, in]` in memory, as Triton's products read them. `bits` below 16
+    rounds the layers' matrices; they are kept so `by_rows`, and widened again otherwise.
+    """
 
     def __init__(
-        self, tensors: MutableMapping[str, Tensor], dtype: torch.dtype, device: torch.device
+        self,
+        tensors: MutableMapping[str, Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        by_rows: bool = False,
+        bits: int = 16,
     ) -> None:
         self.tensors, self.dtype, self.device = tensors, dtype, device
+        self.by_rows, self.bits = by_rows, bits
 
     def take(self, name: str, *shape: int) -> Tensor:
         """A tensor in the shard's dtype, on its device, owned by us."""
@@ -32,12 +45,36 @@ class Source:
     def take_transposed(self, parts: Sequence[tuple[str, int]], inputs: int) -> Tensor:
         """Fuse `[out, in]` matrices into one `[in, sum of out]`."""
         width = sum(out for _, out in parts)
-        fused = torch.empty((inputs, width), dtype=self.dtype, device=self.device)
+        fused = self._room(inputs, width)
         column = 0
         for name, out in parts:
             fused[:, column : column + out].copy_(self._pop(name, (out, inputs)).t())
             column += out
         return fused
+
+    def take_rounded(self, parts: Sequence[tuple[str, int]], inputs: int) -> Tensor | Quantised:
+        """The same of a layer: in as few bits as are wanted."""
+        if self.bits == 16:
+            return self.take_transposed(parts, inputs)
+        rounded = (self._round(self._pop(name, (out, inputs))) for name, out in parts)
+        if self.by_rows:
+            return join(list(rounded))
+        fused = self._room(inputs, sum(out for _, out in parts))
+        column = 0
+        for part in rounded:
+            end = column + part.shape[0]
+            fused[:, column:end].copy_(dequantise(part, self.dtype).t())
+            column = end
+        return fused
+
+    def _round(self, tensor: Tensor) -> Quantised:
+        return quantise(tensor.to(self.device, self.dtype), self.bits)
+
+    def _room(self, inputs: int, outputs: int) -> Tensor:
+        """For a matrix `[in, out]`."""
+        shape = (outputs, inputs) if self.by_rows else (inputs, outputs)
+        room = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return room.t() if self.by_rows else room
 
     def take_joined(self, parts: Sequence[tuple[str, int]]) -> Tensor:
         """Fuse vectors end to end."""
@@ -75,8 +112,8 @@ def build_layer(a: Architecture, index: int, source: Source) -> DecoderLayer:
     gate_up = ((f"{mlp}.gate_proj", a.intermediate), (f"{mlp}.up_proj", a.intermediate))
     o, down = ((f"{attention}.o_proj", a.hidden),), ((f"{mlp}.down_proj", a.hidden),)
 
-    def matrix(parts: Sequence[tuple[str, int]], inputs: int) -> Tensor:
-        return source.take_transposed([(f"{name}.weight", n) for name, n in parts], inputs)
+    def matrix(parts: Sequence[tuple[str, int]], inputs: int) -> Tensor | Quantised:
+        return source.take_rounded([(f"{name}.weight", n) for name, n in parts], inputs)
 
     def bias(parts: Sequence[tuple[str, int]], present: bool) -> Tensor | None:
         return source.take_joined([(f"{name}.bias", n) for name, n in parts]) if present else None

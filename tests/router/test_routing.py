@@ -612,6 +612,20 @@ def test_trust_element_types_and_bandwidth_are_conditions() -> None:
     assert "bfloat16, float32, not in float16" in refused["dtype"].cause
 
 
+def test_rounded_weights_are_used_by_those_who_ask_for_them() -> None:
+    """A route never has peers of another class than was asked for."""
+    peers = [peer(A, 0, 12, 0.02), peer(B, 0, 12, 0.001, dtype="float32+int8")]
+    assert shape(route(peers)) == [(A, 0, 12)]
+    assert shape(route(peers, dtypes=frozenset({"float32+int8"}))) == [(B, 0, 12)]
+    halves = [peer(A, 0, 6), peer(B, 6, 12, dtype="float32+int8")]
+    error = refusal(halves)
+    assert error.binding == "dtype"
+    assert "layers 6-11" in error.cause
+    assert "float32+int8" in error.cause
+    both = frozenset({"float32", "float32+int8"})
+    assert shape(route(halves, dtypes=both)) == [(A, 0, 6), (B, 6, 12)]
+
+
 def test_an_unknown_model_is_told_with_those_that_are_served() -> None:
     other = peer(A, 0, 12, model=OTHER_MODEL, model_name="Other-1B")
     error = refusal([other])
