@@ -44,8 +44,9 @@ from tests.simulation.world import Outcome, play
 pytestmark = pytest.mark.simulation
 
 ROOT = Path(__file__).parents[2]
-SEEDS = 150
-BLOCKS = 5
+SEEDS = 40
+"""`make world` plays a thousand."""
+BLOCKS = 2
 PLANTED_SEEDS = range(40)
 """So many seeds a planted mistake may take to be noticed."""
 
