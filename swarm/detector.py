@@ -67,6 +67,8 @@ OVERDUE_S = 0.5
 """A token is overdue after this, or after four mean steps: sooner nobody is suspected."""
 DEADLINE_S = 2.0
 """Least time without a token after which the stages are asked; else ten mean steps."""
+FIRST_OVERDUE_S = 1.0
+"""The same before the first token, however long the prompt: who computes answers pings."""
 FIRST_S = 4.0
 """The same for the first token; else four times the predicted time to it."""
 ASK_AGAIN_S = 1.0
@@ -299,7 +301,7 @@ class Detector:
     def overdue_s(self) -> float:
         """Time without a token after which one that is silent may be left."""
         late_s = max(OVERDUE_S, 4 * self._mean_s)
-        return max(late_s, self._first_s / 4) if self._first else late_s
+        return max(late_s, FIRST_OVERDUE_S) if self._first else late_s
 
     # --- what happens ---------------------------------------------------------------------------
 

@@ -327,13 +327,22 @@ def test_a_replacement_gets_the_time_of_its_replay() -> None:
     client.detector.replaced(
         client.now, client.known, replay_s=3.0, tpot_s=0.05, expected_s=dict.fromkeys(STAGES, 0.02)
     )
-    client.frozen = {B}
-    assert client.run(2.9) == []
+    assert client.run(11.0) == []
     assert client.asked == 0
-    client.frozen = set()
-    assert client.run(8.0) == []
     client.run(2.0)
     assert client.asked > 0
+
+
+@pytest.mark.parametrize("ttft_s", [0.5, 3.0, 60.0])
+def test_one_that_freezes_in_a_long_prompt_is_left_as_soon_as_in_a_short_one(ttft_s: float) -> None:
+    """Who computes answers pings."""
+    client = Client(ttft_s=ttft_s).in_its_prompt()
+    client.frozen = {B}
+    began_s = client.now
+    (made,) = client.run(8.0)
+    assert isinstance(made, Suspect)
+    assert made.peer == B
+    assert client.now - began_s <= 2.1
 
 
 # --- pace -----------------------------------------------------------------------------------------
