@@ -310,7 +310,9 @@ def _same(held: StageSession, message: Open) -> bool:
     """It asks for a longer lease, or for another route with the same part here."""
     if held.epoch == message.epoch:
         return True
-    return held.span == message.span and held.opened.step_s == message.step_s
+    # By its numbers: nobody has looked yet whether they are a span.
+    part = (held.opened.first, held.opened.end, held.opened.step_s)
+    return part == (message.first, message.end, message.step_s)
 
 
 def _fields(load: Load) -> tuple[float, float, float, int]:

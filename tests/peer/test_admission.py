@@ -549,3 +549,12 @@ class Reservations(RuleBasedStateMachine):
 
 Reservations.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 TestReservations = Reservations.TestCase
+
+
+@pytest.mark.parametrize(("first", "end"), [(1, 1), (3, 2)])
+def test_an_empty_part_is_refused_also_of_a_session_that_is_open(first: int, end: int) -> None:
+    swarm = Loopback((0, 6))
+    assert isinstance(answers(swarm, MIDDLE), Opened)
+    refused = answers(swarm, replace(MIDDLE, epoch=1, first=first, end=end))
+    assert isinstance(refused, Refuse)
+    assert refused.code == "span"

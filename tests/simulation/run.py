@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-if str(ROOT) not in sys.path:
+if __name__ in ("__main__", "__mp_main__"):  # in pytest `tests` is found without
     sys.path.append(str(ROOT))  # at the end: our `kernels/` must hide nobody's package
 
 from tqdm import tqdm  # noqa: E402
