@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 ATTEMPTS = 4
 """Routes that may refuse one session before the last refusal is the answer."""
+HEARD_S = 3.0
+"""A peer that was heard so lately lives: watched links are pinged after two seconds of silence."""
 SEARCH_S = 20.0
 """So long dead peers, which the directory names for another minute or two, are passed over."""
 LONGEST_WAIT_S = 5.0
@@ -235,11 +237,16 @@ class Opener:
     def forget_lost(self, error: Exception) -> None:
         """A peer that was seen dead is not used again until it announces itself anew.
 
-        If our own link to it lives, somebody else said so: that is not held against it.
+        One that we hear ourselves is busy, or somebody else called it lost: it is passed over in
+        this attempt alone. In a swarm of few peers a crowd would else find nobody left.
         """
-        if isinstance(error, PeerLost):
-            peer = PeerId(error.peer)
-            self._planner.failed(peer, blameless=self._member.links.connected(peer))
+        if not isinstance(error, PeerLost):
+            return
+        peer, now = PeerId(error.peer), self._clock.monotonic()
+        if self._member.links.silent_s(peer, now) < HEARD_S:
+            self._planner.lost_s = now
+        else:
+            self._planner.failed(peer)
 
 
 def not_promised(
