@@ -129,12 +129,18 @@ def test_an_impossible_limit_is_refused_at_once(wide: Any) -> None:
     assert answer["took_s"] < 5
 
 
+def soonest(wide: Any, client: str, peers: Any) -> dict[str, Any]:
+    """The better of two predictions: a peer that is held up for a moment announces that."""
+    told = [ask(wide, client, allow=peers)["predicted"] for _ in range(2)]
+    return min(told, key=lambda one: one["ttft_s"])
+
+
 def test_a_first_token_soon_is_a_ring_nearby(wide: Any) -> None:
     """Of two alike rings only the near one can start so soon: each client gets its own."""
     for client, near, far in (("us4", US, EU), ("eu5", EU, US)):
         both = wide.peers(*near, *far)
-        there = ask(wide, client, allow=wide.peers(*far))["predicted"]
-        here = ask(wide, client, allow=wide.peers(*near))["predicted"]
+        there = soonest(wide, client, wide.peers(*far))
+        here = soonest(wide, client, wide.peers(*near))
         assert here["ttft_s"] < there["ttft_s"]
         middle_s = (max(here["ttft_s"], here["ttft_p95_s"]) + there["ttft_s"]) / 2
         answer = ask(wide, client, allow=both, ttft=middle_s, percentile=50)
