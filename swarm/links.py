@@ -272,6 +272,11 @@ class Links:
         this knows nothing of when somebody began to listen, or was held up."""
         return min((now - link.came_s for link in self._links.get(peer, ())), default=math.inf)
 
+    def missed_s(self, peer: PeerId, now: float) -> float:
+        """Seconds until `now` in which we listened to `peer` and heard nothing; inf without a
+        link. A loop that is held up by a crowd of sessions has heard nobody, and misses nobody."""
+        return min((now - link.heard_s for link in self._links.get(peer, ())), default=math.inf)
+
     def idle_since_s(self, peer: PeerId) -> float:
         """When a session last had to do with `peer`, -inf for never."""
         return max((link.used_s for link in self._links.get(peer, ())), default=-math.inf)

@@ -243,7 +243,7 @@ class Opener:
         if not isinstance(error, PeerLost):
             return
         peer, now = PeerId(error.peer), self._clock.monotonic()
-        if self._member.links.silent_s(peer, now) < HEARD_S:
+        if self._member.links.missed_s(peer, now) < HEARD_S:
             self._planner.lost_s = now
         else:
             self._planner.failed(peer)
