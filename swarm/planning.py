@@ -266,10 +266,9 @@ class Planner:
     async def _plan(self, request: RouteRequest) -> Plan:
         until_s = self._clock.monotonic() + MEASURE_ALL_S
         for left in reversed(range(ROUNDS + 1)):
-            view, now = self.snapshot(), self._clock.monotonic()
-            left = left if now < until_s else 0
+            view = self.snapshot()
             try:
-                route = find_route(view, request, now, self._rng)
+                route = find_route(view, request, self._clock.monotonic(), self._rng)
             except NoRoute as error:
                 ways = self._ways_of_best(view, request, error)
                 if not ways or not left:
@@ -350,7 +349,7 @@ class Planner:
         now = self._clock.monotonic()
         for pair, task in tasks.items():
             way = task.result()
-            if way is not None or within_s >= MEASURE_S:  # in haste, no answer says little
+            if way is not None or within_s > 2 * REPAIR_MEASURE_S:  # in haste it says little
                 self._view.told.remember(pair, way, now)
 
     async def _way(

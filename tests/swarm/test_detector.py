@@ -141,6 +141,18 @@ def test_before_the_first_token_it_takes_longer_where_another_is_late() -> None:
     assert client.now - began_s > 2.4
 
 
+def test_however_late_answers_were_no_silence_is_waited_for_longer_than_the_longest() -> None:
+    """Not even before the first token, beside others that are late."""
+    client = Client().in_its_prompt()
+    client.rtts_s = {A: 0.6}
+    client.pulse._remember(3.9, client.now)
+    client.frozen = {B}
+    began_s = client.now
+    made = next(item for item in client.run(12.0) if isinstance(item, Suspect))
+    assert made.peer == B
+    assert client.now - began_s <= MOST_SILENCE_S + 0.5
+
+
 def test_before_the_first_token_two_that_are_silent_do_not_excuse_each_other() -> None:
     client = Client().in_its_prompt()
     client.frozen = {A, C}

@@ -210,6 +210,18 @@ async def test_a_replacement_that_was_dead_before_is_passed_over() -> None:
 
 
 @scenario
+async def test_who_is_silent_does_not_take_over() -> None:
+    """p3 is the better one, and has been frozen for seconds."""
+    async with client(*TWICE, (0, 2)) as (w, c):
+        for others in (["p0", "p3"], ["p0", "p6"], ["p3", "p6"]):  # the ways are known
+            await c.generate(PROMPT, max_new_tokens=3, deny=others)
+        w.network.freeze(PeerId("p3"))
+        it = await struck(w, c, (90, kill(0)), new=100)
+        assert (it.before[0], it.after[0]) == ("p0", "p6")
+        assert it.gap_s < 1.0
+
+
+@scenario
 async def test_the_hole_is_widened_where_spans_do_not_fit() -> None:
     """Nobody else has just the layers of p1."""
     async with client((0, 2), (2, 4), (4, 6), (0, 3), (3, 6)) as (w, c):

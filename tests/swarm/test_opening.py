@@ -11,7 +11,7 @@ import pytest
 
 from hexswarm.client import AsyncClient
 from hexswarm.directory import SignedAnnouncement
-from hexswarm.errors import NoRoute, PeerLost, Refused
+from hexswarm.errors import NetworkError, NoRoute, PeerLost, Refused
 from hexswarm.opening import not_promised
 from hexswarm.records import Load, PeerId, RouteRequest
 from hexswarm.runtime import OpenSession
@@ -236,3 +236,37 @@ async def test_nobody_is_banned_for_what_a_neighbour_says() -> None:
         with pytest.raises((PeerLost, NoRoute, Refused)):
             await ask(c, None)
         assert c._planner.bans.strikes(PeerId("p3"), 0.0) == 1.0
+
+
+@scenario
+async def test_a_peer_that_we_hear_is_not_forgotten() -> None:
+    """Busy is not dead: in a swarm of few peers a crowd would find nobody left."""
+    async with client(*THREE) as (w, c):
+        lost = PeerLost("p1", (2, 4), "did not open within 8 s")
+
+        def known() -> set[PeerId]:
+            return {item.peer for item in c._member.alive()}
+
+        await w.links.connect(PeerId("p1"), ("/x",))
+        c._opener.forget_lost(lost)
+        assert "p1" in known()
+        w.network.freeze(PeerId("p1"))
+        await asyncio.sleep(4.0)
+        c._opener.forget_lost(lost)
+        assert "p1" not in known()
+
+
+@scenario
+async def test_cut_off_from_all_it_does_not_wait() -> None:
+    async with client(*THREE) as (w, c):
+        for peer in w.peers:
+            w.network.cut(peer.peer)
+
+        def dead() -> None:
+            raise NetworkError("the daemon has died")
+
+        w.transport.check = dead  # type: ignore[method-assign]
+        began_s = asyncio.get_running_loop().time()
+        with pytest.raises(NetworkError, match="daemon has died"):
+            await ask(c, None)
+        assert asyncio.get_running_loop().time() - began_s < 5.0
