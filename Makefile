@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 EDITABLE := --no-build-isolation --config-settings editable_mode=strict -e
-PACKAGES := swarm swarm/transports peer peer/models router kernels bootstrap
+PACKAGES := swarm swarm/transports peer peer/models router router/placement simulator kernels bootstrap
 NATIVE := setup.py $(wildcard kernels/*.c kernels/*.h router/*.c router/*.h)
 FILES := $(sort $(NATIVE) $(wildcard $(addsuffix /*.py,$(PACKAGES)) $(addsuffix /py.typed,$(PACKAGES))))
 
@@ -63,7 +63,7 @@ bench: env
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info kernels/*.so router/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find swarm peer router kernels bootstrap tests benchmarks -name __pycache__ -prune \
+	find swarm peer router simulator kernels bootstrap tests benchmarks -name __pycache__ -prune \
 	    -exec rm -rf {} +
 
 # The editable install is a tree of links to the files that exist at that moment, so it is made

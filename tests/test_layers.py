@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "kernels": {"kernels"},
     "peer": {"ground", "router", "kernels", "peer"},
     "bootstrap": {"ground", "router", "bootstrap"},
+    "simulator": {"ground", "router", "peer", "simulator"},
 }
 """For each part of ours the parts that it may import."""
 
@@ -50,6 +51,7 @@ NEVER = {
     "kernels": {"hivemind", "asyncio", "transformers"},
     "peer": set(),
     "bootstrap": {"torch", "triton"},
+    "simulator": {"torch", "triton", "asyncio", "socket", "time", "threading", "hivemind"},
 }
 """Modules of others that a part does not import at all."""
 
@@ -266,7 +268,7 @@ def test_every_folder_with_code_is_a_package_of_the_project() -> None:
     setuptools = project["tool"]["setuptools"]
     assert sorted(setuptools["packages"]) == sorted(setuptools["package-dir"])
     listed = set(setuptools["package-dir"].values())
-    for top in ("swarm", "peer", "router", "kernels", "bootstrap"):
+    for top in ("swarm", "peer", "router", "simulator", "kernels", "bootstrap"):
         for path in (ROOT / top).rglob("*.py"):
             assert str(path.parent.relative_to(ROOT)) in listed, path
 

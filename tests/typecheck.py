@@ -30,6 +30,8 @@ def modules() -> list[str]:
         "hexswarm": "swarm",
         "hexswarm.transports": "swarm/transports",
         "hexswarm.router": "router",
+        "hexswarm.router.placement": "router/placement",
+        "hexswarm.simulator": "simulator",
         "hexswarm.bootstrap": "bootstrap",
     }
     found = [
@@ -51,7 +53,7 @@ def run(names: Sequence[str]) -> tuple[int, str]:
 
 def _in_repository(text: str) -> str:
     """Replace paths of the installed tree by those of the repository."""
-    text = re.sub(r"(?m)^\S*?\bhexswarm/(?=(peer|router|kernels|bootstrap)/)", "", text)
+    text = re.sub(r"(?m)^\S*?\bhexswarm/(?=(peer|router|simulator|kernels|bootstrap)/)", "", text)
     return re.sub(r"(?m)^\S*?\bhexswarm/(?=\S+\.py)", "swarm/", text)
 
 
