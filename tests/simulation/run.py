@@ -10,6 +10,7 @@ JSON object. Status 1 if any seed is broken.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -36,13 +37,23 @@ def again(seed: int) -> str:
     return f".venv/bin/python tests/simulation/run.py --seed {seed}"
 
 
+def _uncollected(seed: int) -> Outcome:
+    """A seed without the cycle collector, which would take a fifth of its time; then its turn."""
+    gc.disable()
+    try:
+        return play(seed)
+    finally:
+        gc.enable()
+        gc.collect()
+
+
 def outcomes(seeds: Iterable[int], jobs: int) -> Iterator[Outcome]:
     """The outcome of each seed, in order."""
     if jobs == 1:
-        yield from map(play, seeds)
+        yield from map(_uncollected, seeds)
         return
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        yield from pool.imap(play, seeds, chunksize=4)
+    with multiprocessing.get_context("spawn").Pool(jobs, gc.freeze) as pool:
+        yield from pool.imap(_uncollected, seeds, chunksize=4)
 
 
 def share(values: list[float], part: float) -> float:
