@@ -22,12 +22,12 @@ export PROMPT
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env demo test lab world lint typecheck bench clean force
+.PHONY: help env demo test unit end-to-end lab world lint typecheck bench clean force
 
 help:
 	@echo 'make env        create $(VENV) with the tested versions and hexswarm itself'
 	@echo 'make demo       a swarm of real processes on this machine answers PROMPT="..."'
-	@echo 'make test       the test suite; ARGS="-k name" chooses'
+	@echo 'make test       the test suite; ARGS="-k name" chooses; its halves are unit and end-to-end'
 	@echo 'make lab        tests on an emulated wide-area network; needs root and netlab, else skips'
 	@echo 'make world      a thousand seeds of the simulated world, in which everything goes wrong'
 	@echo 'make lint       ruff: rules and format'
@@ -41,8 +41,16 @@ demo: env
 	@if [ -n "$$PROMPT" ]; then exec $(BIN)/hexswarm demo -- "$$PROMPT"; \
 	else exec $(BIN)/hexswarm demo; fi
 
-test: env
-	$(BIN)/pytest -m 'not slow and not lab and not gpu' $(ARGS)
+test: unit end-to-end
+
+# Two processes: the machines that run this have two cores. Status 5 says that ARGS chose none.
+unit: env
+	$(BIN)/pytest -n 2 --dist loadfile -m 'not end_to_end and not slow and not lab and not gpu' $(ARGS) \
+	    || [ $$? -eq 5 ]
+
+# One after the other: each test starts processes of its own and times them.
+end-to-end: env
+	$(BIN)/pytest -m 'end_to_end and not slow and not lab and not gpu' $(ARGS) || [ $$? -eq 5 ]
 
 # netlab is found by HEXSWARM_NETLAB, on PATH, or as shared/netlab beside the checkout.
 lab: env

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 NAMED = re.findall(
-    r"`((?:swarm|peer|router|kernels|bootstrap)/[\w/]+\.py)`(?:\s+`([\w.]+)`)?", TEXT
+    r"`((?:swarm|peer|router|simulator|kernels|bootstrap)/[\w/]+\.py)`(?:\s+`([\w.]+)`)?", TEXT
 )
 
 
@@ -42,9 +42,15 @@ def test_what_is_named_exists(file: str, name: str) -> None:
     assert not name or name in names_of(path)
 
 
-@pytest.mark.parametrize("folder", ["swarm", "peer", "router", "kernels", "bootstrap"])
+FOLDERS = ["swarm", "peer", "router", "router/placement", "simulator", "kernels", "bootstrap"]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
 def test_every_module_stands_in_the_readme_of_its_folder(folder: str) -> None:
-    readme = (ROOT / folder / "README.md").read_text(encoding="utf-8")
-    for path in sorted((ROOT / folder).rglob("*.py")):
-        if path.name != "__init__.py":
-            assert f"`{path.relative_to(ROOT / folder)}`" in readme, path
+    """That is the nearest README above it."""
+    top = ROOT / folder
+    readme = (top / "README.md").read_text(encoding="utf-8")
+    for path in sorted(top.rglob("*.py")):
+        below = [ROOT / other for other in FOLDERS if other.startswith(f"{folder}/")]
+        if path.name != "__init__.py" and not any(path.is_relative_to(other) for other in below):
+            assert f"`{path.relative_to(top)}`" in readme, path

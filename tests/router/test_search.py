@@ -243,7 +243,7 @@ def test_barred_peers_take_no_part(seed: int, count: int, layers: int) -> None:
 
 
 @compiled
-@settings(max_examples=30)
+@settings(max_examples=10)
 @given(st.integers(0, 10**6), st.integers(1, 3))
 def test_boxes_are_cut_without_losing_a_ring(seed: int, chunks: int) -> None:
     """Where maxima weigh much and the limit on the first token is tight, in swarms whose searches
