@@ -43,7 +43,10 @@ LAYERS = Extension(
 ROUTER = Extension(
     "hexswarm.router._native",
     sources=["router/native.c"],
-    depends=[f"router/native_{part}.h" for part in ("tables", "boxes", "search", "select")],
+    depends=[
+        *(f"router/native_{part}.h" for part in ("tables", "boxes", "search", "select")),
+        *(f"router/native_{part}.h" for part in ("flow", "anneal", "latency")),
+    ],
     extra_compile_args=["-std=c11", "-O3", "-g0", "-fno-trapping-math"],
     optional=True,
 )

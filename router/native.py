@@ -83,7 +83,8 @@ Found = tuple[tuple[int, ...], tuple[int, ...], tuple[float, float, float, float
 
 
 @cache
-def _library() -> Any:
+def library() -> Any:
+    """The extension, or None; `placement/compiled.py` declares its functions for placements."""
     spec = find_spec("hexswarm.router._native")
     if spec is None or spec.origin is None:
         return None
@@ -105,7 +106,7 @@ def _library() -> Any:
 
 def available() -> bool:
     """The native search was compiled at installation."""
-    return _library() is not None
+    return library() is not None
 
 
 class Prepared:
@@ -129,11 +130,11 @@ class Prepared:
             setattr(asked, name, self._address(matrix, np.float64, (count, count)))
         for name in _HOP:
             setattr(asked, name, getattr(problem, name))
-        pointer = _library().hexswarm_prepare(ctypes.byref(asked))
+        pointer = library().hexswarm_prepare(ctypes.byref(asked))
         if not pointer:
             raise MemoryError("no memory for the search of a route")
         self._pointer = pointer
-        weakref.finalize(self, _library().hexswarm_release, pointer)
+        weakref.finalize(self, library().hexswarm_release, pointer)
 
     def search(
         self,
@@ -168,7 +169,7 @@ class Prepared:
         for name in _NUMBERS:
             setattr(asked, name, getattr(problem, name))
         asked.most_labels, asked.steps = most_labels, steps
-        _library().hexswarm_search(self._pointer, ctypes.byref(asked), ctypes.byref(answer))
+        library().hexswarm_search(self._pointer, ctypes.byref(asked), ctypes.byref(answer))
         if answer.status == _NONE:
             return None
         if answer.status not in (_FOUND, _UNPROVEN, _GAVE_UP):
@@ -211,6 +212,6 @@ def select(census: Census) -> NDArray[np.float64]:
         setattr(asked, name, address(getattr(census, name), np.int32))
     for name in _CENSUS:
         setattr(asked, name, address(getattr(census, name), np.float64))
-    if not _library().hexswarm_select(ctypes.byref(asked)):
+    if not library().hexswarm_select(ctypes.byref(asked)):
         raise MemoryError("no memory for the choice of candidates")
     return score

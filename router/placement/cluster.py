@@ -62,6 +62,10 @@ class Profile:
     """Tokens of context that have room while k layers are held, at index k; index 0 is 0."""
     prefill: Points
     decode: Points
+    most_prompts: int = 0
+    """Whole prompts that a batch takes at once, where the file tells it."""
+    most_rows: tuple[int, ...] = ()
+    """Decode rows of a batch while k layers are held, at index k, where the file tells it."""
 
     @property
     def max_layers(self) -> int:
@@ -275,7 +279,14 @@ def _profile(said: dict[str, Any]) -> Profile:
         kv_tokens=(0, *(int(room[str(k)]) for k in range(1, most + 1))),
         prefill=_points(said["prefill_layer_ms"]),
         decode=_points(said["decode_layer_ms"]),
+        most_prompts=min(map(int, said.get("prefill_max_requests", {"": 0}).values())),
+        most_rows=_by_layers(said.get("decode_max_batch", {}), most),
     )
+
+
+def _by_layers(said: dict[str, Any], most: int) -> tuple[int, ...]:
+    """Figures for k = 1 to `most`, at index k; nothing if the file has none."""
+    return (0, *(int(said[str(k)]) for k in range(1, most + 1))) if said else ()
 
 
 def _points(said: Sequence[Sequence[float]]) -> Points:
@@ -292,10 +303,14 @@ def _node(said: dict[str, Any]) -> Node:
         id=said["id"],
         type=said["type"],
         region=said["region"],
-        in_bytes_per_s=float(said.get("nic_in_gbit_s", said.get("down_gbit_s"))) * _GBIT,
-        out_bytes_per_s=float(said.get("nic_out_gbit_s", said.get("up_gbit_s"))) * _GBIT,
+        in_bytes_per_s=float(_either(said, "nic_in_gbit_s", "down_gbit_s")) * _GBIT,
+        out_bytes_per_s=float(_either(said, "nic_out_gbit_s", "up_gbit_s")) * _GBIT,
         access_s=float(said.get("access_ms", 0.0)) / 1e3,
     )
+
+
+def _either(said: dict[str, Any], name: str, other: str) -> Any:
+    return said[name] if name in said else said[other]
 
 
 def _listed(links: dict[str, Any]) -> dict[tuple[str, str], Way]:
