@@ -175,6 +175,8 @@ class Follower:
     def __init__(self, peer: str) -> None:
         self.peer = peer
         self.advice: Advice | None = None
+        self._promised = 0.0
+        """Tokens a second of what we follow, in our own view: no matter what it says itself."""
         self._left: tuple[Move, ...] = ()
         self._since_s = 0.0
         """Since when the same moves are left."""
@@ -182,13 +184,13 @@ class Follower:
     def hear(self, advice: Advice, census: Census, load_s: float, *, busy: bool = False) -> bool:
         """An advice was published: follow it from now on if it is worth it."""
         held = self.advice
-        if held is not None and (
-            advice.made_s <= held.made_s or advice.tokens_per_s < GAIN * held.tokens_per_s
-        ):
+        if held is not None and advice.made_s <= held.made_s:
             return False
-        if judge(advice, census, load_s, busy=busy).gain < GAIN:
+        verdict = judge(advice, census, load_s, busy=busy)
+        if verdict.gain < GAIN or (held is not None and verdict.after < GAIN * self._promised):
             return False
         self.advice, self._left, self._since_s = advice, advice.moves, advice.made_s
+        self._promised = verdict.after
         return True
 
     def turn(

@@ -218,6 +218,7 @@ def parse(said: Any) -> Cluster:
 def _cluster(said: dict[str, Any]) -> Cluster:
     links = said["links"]
     place = said["coordinator"]
+    _check_names(said)
     return Cluster(
         name=said["name"],
         about=said.get("about", ""),
@@ -307,6 +308,19 @@ def _node(said: dict[str, Any]) -> Node:
         out_bytes_per_s=float(_either(said, "nic_out_gbit_s", "up_gbit_s")) * _GBIT,
         access_s=float(said.get("access_ms", 0.0)) / 1e3,
     )
+
+
+def _check_names(said: dict[str, Any]) -> None:
+    seen: set[str] = set()
+    for node in said["nodes"]:
+        if node["type"] not in said["node_types"]:
+            raise UsageError(
+                f"node {node['id']!r} is of type {node['type']!r}, which is not in node_types",
+                remedy="it has " + ", ".join(sorted(said["node_types"])),
+            )
+        if node["id"] in seen or node["id"] == COORDINATOR:
+            raise UsageError(f"the cluster file has two nodes called {node['id']!r}")
+        seen.add(node["id"])
 
 
 def _either(said: dict[str, Any], name: str, other: str) -> Any:

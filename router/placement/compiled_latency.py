@@ -1,4 +1,4 @@
-"""The door to `router/native_latency.h`: `latency` compiled, about a fiftieth of the time.
+"""The door to `router/native_latency.h`: `mean_field` compiled, a twenty-fifth of the time.
 
 The numpy form stays the reference: tests hold both to the same numbers.
 """

@@ -6,7 +6,7 @@ ring of cost c is taken with a probability in proportion to exp(-c / T), T a few
 usual cost. Over an acyclic graph all sums over rings are matrix algebra: with A[i, j] = exp(-cost
 of going on from i to j / T), M = 1 / (1 - A) sums over all paths from i to j, the closing hop
 C[tail, head] ends the ring, and the share of the edge i -> j is A[i, j] (M C M)[j, i] over the
-trace of C M. Exact, with the way from tail to head in it, and some 50 us for 24 units.
+trace of C M. Exact, with the way from tail to head in it.
 
 *What a stage takes.* A unit that computes k layers alternates between steps of decode rows, k D(b)
 seconds at b rows, and steps that carry a chunk of a prompt too, k (D(b) + P). Rows that arrive

@@ -92,6 +92,10 @@ def test_an_advice_that_promises_too_much_is_not_followed(stuck: tuple[Census, A
     too_long = Advice(1, (Move("n0", Span(0, 8)),), 1e9, 40.0)
     assert advice.judge(too_long, census, LOAD_S).gain == 0
     assert Follower("n0").hear(found, census, LOAD_S)
+    held = Follower("n0")
+    assert held.hear(found, census, LOAD_S)
+    louder = replace(found, tokens_per_s=1e9, made_s=found.made_s + 60.0)
+    assert not held.hear(louder, census, LOAD_S), "it is no better than what is followed"
     slow = advice.judge(found, census, advice.HORIZON_S)
     assert slow.gain < advice.judge(found, census, LOAD_S).gain
 
