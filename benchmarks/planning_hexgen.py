@@ -36,7 +36,7 @@ from pathlib import Path as File
 from tqdm import tqdm
 
 from hexswarm.records import Load, Span
-from hexswarm.router.placement import attainment, regroup, speeds
+from hexswarm.router.placement import aims, attainment, regroup, speeds
 from hexswarm.router.placement.attainment import Curve, Slo
 from hexswarm.router.placement.cluster import COORDINATOR, Cluster, Model, parse
 from hexswarm.router.placement.flow import Flow
@@ -140,7 +140,9 @@ def searched(builder: Builder, seed: int, seconds: float) -> Disjoint:
 
 def of(name: str, builder: Builder, found: Disjoint) -> Case:
     model = builder.model
-    return Case(name, builder.cluster, model, found.plan, found.pipelines, found.curves, found.rate)
+    return Case(
+        name, builder.cluster, model, found.plan, found.plan.pipelines, found.curves, found.rate
+    )
 
 
 def planned(hetero: Cluster, a100: Cluster, slo: Slo, seed: int, seconds: float) -> list[Case]:
@@ -150,7 +152,7 @@ def planned(hetero: Cluster, a100: Cluster, slo: Slo, seed: int, seconds: float)
     ours = Builder(hetero, model, slo, max_rows=ROWS)
     best = searched(ours, seed, seconds)
     cases = [of("hexgen", paper, searched(paper, seed, seconds)), of("balanced", ours, best)]
-    deadline = regroup.Deadline.of(slo, hops=0.0, max_rows=ROWS)
+    deadline = aims.Deadline.of(slo, hops=0.0, max_rows=ROWS)
     found = regroup.general(
         hetero,
         model,

@@ -6,11 +6,15 @@ import argparse
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, TypeVar
 
 from hexswarm.config import from_flags
 from hexswarm.errors import UsageError
-from hexswarm.files import parsed, read_text, write_text
+from hexswarm.files import check_outputs, parsed, read_text, write_text
+from hexswarm.paint import layers_text
 from hexswarm.plan_options import OURS, SimulateOptions
 from hexswarm.plots import Bars, Chart, Series, plots
 from hexswarm.progress import gauge
@@ -19,11 +23,20 @@ from hexswarm.router.placement.groups import parse_plan
 from hexswarm.router.placement.plan import Plan
 from hexswarm.simulator.churn import Churn, Outage, outages
 from hexswarm.simulator.ours import Ours
-from hexswarm.simulator.policy import Policy
+from hexswarm.simulator.policy import Policy, Request
 from hexswarm.simulator.report import TPOT_S, TTFT_S, Report, Spread
 from hexswarm.simulator.rivals import NAMES, rival
 from hexswarm.simulator.run import simulate
-from hexswarm.simulator.workload import Length, poisson, read_lengths, usable
+from hexswarm.simulator.workload import (
+    Length,
+    binned,
+    poisson,
+    read_bins,
+    read_lengths,
+    usable,
+)
+
+T = TypeVar("T")
 
 SCALES = tuple(step / 20 for step in range(1, 61))
 """Multiples of both limits for which attainment is drawn."""
@@ -33,13 +46,17 @@ def run(flags: argparse.Namespace) -> int:
     """Simulate and print; exit status 1 if no request got a token."""
     options = from_flags(SimulateOptions, flags, {})
     assert options.plan is not None
+    check_outputs([flags.svg], [flags.cluster, options.plan, options.trace, options.bins])
     cluster = parsed(flags.cluster, parse)
     plan = parsed(options.plan, lambda said: parse_plan(cluster, said))
     model = cluster.model(plan.model)
+    if holes := plan.missing(model.layers):
+        raise UsageError(
+            f"{options.plan}: nobody holds {', '.join(map(layers_text, holes))}",
+            remedy="search longer (hexswarm plan --seconds), or for more machines",
+        )
     policy = _policy(cluster, model, plan, options)
-    lengths = _lengths(model, options)
-    load = options.load or (options.rate or 0.0) * sum(map(sum, lengths)) / len(lengths)
-    requests = poisson(lengths, load, options.seconds, random.Random(options.seed))
+    requests = _requests(model, options)
     with gauge("simulating", options.seconds) as show:
         report = simulate(
             cluster,
@@ -57,8 +74,7 @@ def run(flags: argparse.Namespace) -> int:
     if flags.svg:
         write_text(flags.svg, picture(report, curve))
     if flags.json:
-        told = {**report.to_json(), "attainment": [[scale, _known(y)] for scale, y in curve]}
-        print(json.dumps(told))
+        print(json.dumps(report_json(report, curve)))
     else:
         print(report_text(report))
     return 0 if report.ttft.count else 1
@@ -72,29 +88,50 @@ def _policy(cluster: Cluster, model: Model, plan: Plan, options: SimulateOptions
             f"there is no policy {options.policy!r}",
             remedy="there are " + ", ".join((OURS, *NAMES)),
         )
-    return rival(options.policy, cluster, model, plan, seed=options.seed)
+    lines = plan.pipelines or None
+    return rival(options.policy, cluster, model, plan, seed=options.seed, pipelines=lines)
 
 
-def _lengths(model: Model, options: SimulateOptions) -> Sequence[Length]:
-    """Of the trace, or the mean lengths that the cluster file tells."""
-    if options.trace is None:
-        return [(round(model.input_tokens), round(model.output_tokens))]
-    text = read_text(options.trace)
+def _requests(model: Model, options: SimulateOptions) -> tuple[Request, ...]:
+    """Lengths of the trace, or the mean ones that the cluster file tells; at the rate or load."""
+    lengths: Sequence[Length] = [(round(model.input_tokens), round(model.output_tokens))]
+    if options.trace is not None:
+        lengths = _listed(options.trace, lambda lines: usable(read_lengths(lines)))
+    load = options.load or (options.rate or 0.0) * fmean(map(sum, lengths))
+    rng = random.Random(options.seed)
+    if options.bins is None:
+        return poisson(lengths, load, options.seconds, rng)
+    return binned(lengths, _listed(options.bins, read_bins), load, options.seconds, rng)
+
+
+def _listed(path: Path, read: Callable[[list[str]], T]) -> T:
+    """What `read` makes of a file's lines; its complaints get the file's name."""
+    text = read_text(path)
     try:
-        return usable(read_lengths(text.splitlines()))
+        return read(text.splitlines())
     except UsageError as error:
-        raise UsageError(f"{options.trace}: {error.cause}", remedy=error.remedy) from error
+        raise UsageError(f"{path}: {error.cause}", remedy=error.remedy) from error
 
 
 def _outages(plan: Plan, options: SimulateOptions) -> tuple[Outage, ...]:
     if options.churn is None:
         return ()
-    return outages(plan, Churn(life_s=options.churn), options.seconds, options.seed)
+    law = Churn(options.churn) if options.absence is None else Churn(options.churn, options.absence)
+    return outages(plan, law, options.seconds, options.seed)
 
 
 def attainment(report: Report) -> list[tuple[float, float]]:
     """(scale, share of requests within scale x both limits)."""
     return [(scale, report.good_share(scale * TTFT_S, scale * TPOT_S)) for scale in SCALES]
+
+
+def report_json(report: Report, curve: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """The report, the limits of its goodput, and attainment over multiples of them."""
+    return {
+        **report.to_json(),
+        "limits": {"ttft_s": TTFT_S, "tpot_s": TPOT_S},
+        "attainment": [[scale, _known(share)] for scale, share in curve],
+    }
 
 
 def report_text(report: Report) -> str:

@@ -62,7 +62,7 @@ class _Client:
 class Ours(Plain):
     """See the module's text."""
 
-    name = "ours"
+    name = "hexswarm"
 
     def __init__(
         self,

@@ -37,6 +37,9 @@ class Settings:
     """Lost on an attempt to open a dead stage."""
     patience_s: float = math.inf
     """A client gives up when its request could not even begin for so long."""
+    handle_s: float = 0.0
+    """Between a stage and the line, for each message: framing, threads, wake-ups. Of no concern
+    beside the links of a cluster file; a ring on one machine knows it (`benchmarks/reality.py`)."""
     kv_share: float = 1.0
     """Of the profile's KV tokens that may be leased."""
     scheduling: Callable[[Scheduling], Scheduling] = field(default=lambda usual: usual)
@@ -47,7 +50,7 @@ class Settings:
             raise UsageError("announcements and readings are apart by a positive time")
         if self.attempts < 1 or not 0 < self.kv_share <= 1:
             raise UsageError("there is at least one attempt, and 0 < kv_share <= 1")
-        if min(self.detect_s, self.unreachable_s, self.spread_s) < 0:
+        if min(self.detect_s, self.unreachable_s, self.spread_s, self.handle_s) < 0:
             raise UsageError("delays are not negative")
 
 

@@ -3,7 +3,8 @@
 All policies live with one cost: per layer, `prefill_layer_s` of the prompt tokens plus
 `decode_layer_s` of the decode rows that pass this layer in this batch, each only if there are any,
 as in Helix's simulator. With partial entry rows pass different layers of a unit; the sum goes
-layer by layer, so a row pays for what it uses and no more.
+layer by layer, so a row pays for what it uses and no more. A batch that samples pays for the LM
+head besides, if the profile tells it (those of cluster files do not, those of a census do).
 
 `speed` is the figure that a peer announces: it measures (`hexswarm.peer.probe`) one row, what a
 further row adds, and a prompt token in a piece of usual size. Real peers time the second row; a
@@ -40,6 +41,7 @@ class BatchTime:
     def __call__(self, rows: Sequence[Row]) -> float:
         """Rows without a span use all layers."""
         decodes = prompts = 0
+        head_s = self._profile.head_s and self._head_s(rows)
         partial: list[tuple[Span, int, int]] = []
         for row in rows:
             decode, tokens = (1, 0) if row.decode else (0, row.count)
@@ -49,8 +51,14 @@ class BatchTime:
             else:
                 partial.append((row.span, decode, tokens))
         if not partial:
-            return len(self._span) * self.layer_s(decodes, prompts)
-        return self._by_layer(decodes, prompts, partial)
+            return len(self._span) * self.layer_s(decodes, prompts) + head_s
+        return self._by_layer(decodes, prompts, partial) + head_s
+
+    def _head_s(self, rows: Sequence[Row]) -> float:
+        """The head is read once for all rows that end here."""
+        end = self._span.end
+        samples = any(row.sample and (row.span is None or row.span.end == end) for row in rows)
+        return self._profile.head_s if samples else 0.0
 
     def layer_s(self, decodes: int, prompts: int) -> float:
         """Of one layer."""
@@ -84,7 +92,7 @@ def speed(profile: Profile) -> Speed:
     return Speed(
         decode_layer_s=one_s,
         prefill_layer_s=profile.prefill_layer_s(CHUNK_TOKENS) / CHUNK_TOKENS,
-        head_s=0.0,
+        head_s=profile.head_s,
         row_layer_s=max(0.0, profile.decode_layer_s(SLOPE_ROWS) - one_s) / (SLOPE_ROWS - 1),
     )
 

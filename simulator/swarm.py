@@ -122,13 +122,13 @@ class Swarm:
         size = tokens * self.model.token_bytes
         client = session.request.client
         when = self.links.send(client, self.nodes[head], size, now, urgent=urgent)
-        self.agenda.at(when, self.deliver, head, items)
+        self.agenda.at(when + self.settings.handle_s, self.deliver, head, items)
 
     def _send(
         self, now: float, sender: int, receiver: int, items: list[Item], size: float, urgent: bool
     ) -> None:
         when = self.links.send(self.nodes[sender], self.nodes[receiver], size, now, urgent=urgent)
-        self.agenda.at(when, self.deliver, receiver, items)
+        self.agenda.at(when + self.settings.handle_s, self.deliver, receiver, items)
 
     # --- stages --------------------------------------------------------------------------------
 
@@ -259,7 +259,7 @@ class Swarm:
         for (client, head), items in heads.items():
             size = self.model.token_bytes * len(items)
             when = self.links.send(client, self.nodes[head], size, now, urgent=True)
-            self.agenda.at(when, self.deliver, head, items)
+            self.agenda.at(when + self.settings.handle_s, self.deliver, head, items)
 
 
 def _brings(message: _Message) -> bool:

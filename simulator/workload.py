@@ -42,9 +42,15 @@ def read_lengths(lines: Iterable[str]) -> tuple[Length, ...]:
 def read_bins(lines: Iterable[str]) -> tuple[int, ...]:
     """From the lines of a CSV file with one number of requests for each `BIN_S`, and a heading."""
     try:
-        return tuple(int(line) for line in list(lines)[1:] if line.strip())
+        found = tuple(int(line) for line in list(lines)[1:] if line.strip())
     except ValueError as error:
-        raise UsageError(f"this is not a list of arrivals: {error}") from None
+        raise UsageError(
+            f"this is not a list of arrivals: {error}",
+            remedy=f"it is a heading and a line for each {BIN_S:g} s with a number of requests",
+        ) from None
+    if min(found, default=0) < 0 or not any(found):
+        raise UsageError("the list of arrivals has no requests, or fewer than none")
+    return found
 
 
 def usable(lengths: Iterable[Length]) -> tuple[Length, ...]:

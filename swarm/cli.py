@@ -4,6 +4,7 @@
     route | why                       for who wants to know how it is routed
     peer                              for who lends a GPU   (hexswarm.peer.cli)
     bootstrap                         for who runs a swarm  (hexswarm.bootstrap.cli)
+    plan | simulate                   for who owns a cluster (simulate: hexswarm.simulator.cli)
     demo                              a whole swarm on this machine
 
 Subcommands of other folders are loaded when they are called. Every error that we expect ends in
@@ -31,6 +32,7 @@ from hexswarm.config import (
 from hexswarm.errors import HexswarmError, UsageError
 from hexswarm.log import set_up
 from hexswarm.options import Options, Wishes
+from hexswarm.plan_options import PlanOptions, SimulateOptions
 from hexswarm.version import __version__
 
 Run = Callable[[argparse.Namespace], int]
@@ -125,11 +127,26 @@ def _parser() -> argparse.ArgumentParser:
         "a well-known node of a swarm",
         BootstrapConfig,
     )
+    plan = command(
+        "plan", "hexswarm.plan_door", "plan", "who should hold which layers", PlanOptions
+    )
+    plan.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the plan as JSON")
+    _cluster_flags(plan, "draw the plan")
+    run = command(
+        "simulate", "hexswarm.simulator.cli", "run", "what a plan is worth", SimulateOptions
+    )
+    _cluster_flags(run, "draw latencies, goodput and the use of machines")
     demo = command("demo", "hexswarm.demo", "run", "a whole swarm on this machine", None)
     demo.add_argument("prompt", nargs="?", default="What is the capital of France?")
     demo.add_argument("--model", default=None, help="Hub id, folder of safetensors, or GGUF file")
     add_flags(demo, Options)
     return parser
+
+
+def _cluster_flags(parser: argparse.ArgumentParser, drawing: str) -> None:
+    parser.add_argument("cluster", type=Path, metavar="CLUSTER.json", help="see docs/planning.md")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help=drawing)
 
 
 def _dry_flags(parser: argparse.ArgumentParser) -> None:

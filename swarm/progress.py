@@ -69,3 +69,24 @@ class Terminal:
             file=sys.stderr,
         ) as bar:
             yield bar.update
+
+
+@contextmanager
+def gauge(what: str, total_s: float) -> Iterator[Callable[[float, str], None]]:
+    """A bar over seconds: the context's value takes how many are done, and a word beside the bar.
+
+    Without a terminal it says nothing.
+    """
+    if not sys.stderr.isatty():
+        yield lambda done_s, words: None
+        return
+    from tqdm import tqdm
+
+    form = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s{postfix}"
+    with tqdm(total=total_s, desc=what, leave=False, file=sys.stderr, bar_format=form) as bar:
+
+        def show(done_s: float, words: str) -> None:
+            bar.set_postfix_str(words, refresh=False)
+            bar.update(min(done_s, total_s) - bar.n)
+
+        yield show

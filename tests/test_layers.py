@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 
 CLIENT = {
     *("__init__", "ask", "blocking", "cli", "client", "demo", "picture", "runtime", "session"),
-    *("axis", "caption", "layout", "map", "paint", "scene", "svg"),
+    *("axis", "caption", "map", "scene", "plan_door", "plan_facts", "plan_map"),
     *("conversation", "explained", "opening", "options", "planning", "trace", "tracing", "view"),
     *("blame", "instructions", "orders", "resume"),
     *("bans", "detector", "failover", "holes", "wards"),
@@ -62,6 +62,12 @@ PURE = {
     *("hexswarm.peer.actions", "hexswarm.peer.admission", "hexswarm.peer.sessions"),
     *("hexswarm.peer.stage", "hexswarm.peer.steps", "hexswarm.peer.tracing"),
     *("hexswarm.peer.journal", "hexswarm.peer.order", "hexswarm.peer.resume"),
+    *("hexswarm.peer.cuts", "hexswarm.peer.shares", "hexswarm.peer.slices"),
+    *("hexswarm.peer.placement", "hexswarm.peer.advising", "hexswarm.peer.gauges"),
+    *("hexswarm.simulator.run", "hexswarm.advice", "hexswarm.flat"),
+    *("hexswarm.peer.exchange", "hexswarm.peer.patience", "hexswarm.peer.reduction"),
+    "hexswarm.peer.spreading",
+    *("hexswarm.simulator.ours", "hexswarm.simulator.rivals", "hexswarm.simulator.churn"),
 }
 """Bookkeeping apart from tensors: neither these nor what they import need torch."""
 
@@ -88,7 +94,7 @@ LAZY_OURS = {
 }
 """(importer, imported): modules of ours that a function may import when it needs them, and why."""
 
-DOORS = {"hexswarm", "hexswarm.ask", "hexswarm.demo"}
+DOORS = {"hexswarm", "hexswarm.ask", "hexswarm.demo", "hexswarm.plan_door"}
 """Doors besides the files called `cli.py`: they talk to a person and load what is asked for."""
 
 

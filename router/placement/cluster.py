@@ -19,6 +19,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import inf
 from typing import Any
 
 from hexswarm.errors import UsageError
@@ -66,6 +67,8 @@ class Profile:
     """Whole prompts that a batch takes at once, where the file tells it."""
     most_rows: tuple[int, ...] = ()
     """Decode rows of a batch while k layers are held, at index k, where the file tells it."""
+    head_s: float = 0.0
+    """Seconds of the LM head for a batch that samples, where it was measured apart."""
 
     @property
     def max_layers(self) -> int:
@@ -220,7 +223,7 @@ def _cluster(said: dict[str, Any]) -> Cluster:
     place = said["coordinator"]
     _check_names(said)
     return Cluster(
-        name=said["name"],
+        name=_text(said["name"]),
         about=said.get("about", ""),
         models={name: _model(name, value) for name, value in said["models"].items()},
         types={name: _type(name, value) for name, value in said["node_types"].items()},
@@ -237,12 +240,12 @@ def _model(name: str, said: dict[str, Any]) -> Model:
     return Model(
         name=name,
         layers=int(said["layers"]),
-        layer_bytes=float(said["layer_bytes"]),
-        activation_bytes=float(said["activation_bytes_per_token"]),
-        token_bytes=float(said["token_bytes"]),
-        kv_bytes=float(said["kv_bytes_per_token_per_layer"]),
-        input_tokens=float(said["avg_input_tokens"]),
-        output_tokens=float(said["avg_output_tokens"]),
+        layer_bytes=_positive(said["layer_bytes"]),
+        activation_bytes=_positive(said["activation_bytes_per_token"]),
+        token_bytes=_positive(said["token_bytes"]),
+        kv_bytes=_positive(said["kv_bytes_per_token_per_layer"]),
+        input_tokens=_positive(said["avg_input_tokens"]),
+        output_tokens=_positive(said["avg_output_tokens"]),
         max_input_tokens=int(said["max_input_tokens"]),
     )
 
@@ -258,16 +261,16 @@ def _type(name: str, said: dict[str, Any]) -> NodeType:
     spec = said.get("gpu_spec")
     return NodeType(
         name=name,
-        gpu=said["gpu"],
+        gpu=_text(said["gpu"]),
         gpus=int(said["gpu_count"]),
-        memory_bytes=float(said["memory_gib"]) * _GIB,
+        memory_bytes=_positive(said["memory_gib"]) * _GIB,
         profiles=profiles,
         spec=spec
         and GpuSpec(
-            flops=float(spec["fp16_tflops"]) * 1e12,
-            memory_bytes_per_s=float(spec["memory_gb_s"]) * 1e9,
-            memory_bytes=float(spec["memory_gib"]) * _GIB,
-            between_bytes_per_s=float(spec["intra_machine_gb_s"]) * 1e9,
+            flops=_positive(spec["fp16_tflops"]) * 1e12,
+            memory_bytes_per_s=_positive(spec["memory_gb_s"]) * 1e9,
+            memory_bytes=_positive(spec["memory_gib"]) * _GIB,
+            between_bytes_per_s=_positive(spec["intra_machine_gb_s"]) * 1e9,
         ),
     )
 
@@ -301,11 +304,11 @@ def _points(said: Sequence[Sequence[float]]) -> Points:
 
 def _node(said: dict[str, Any]) -> Node:
     return Node(
-        id=said["id"],
-        type=said["type"],
-        region=said["region"],
-        in_bytes_per_s=float(_either(said, "nic_in_gbit_s", "down_gbit_s")) * _GBIT,
-        out_bytes_per_s=float(_either(said, "nic_out_gbit_s", "up_gbit_s")) * _GBIT,
+        id=_text(said["id"]),
+        type=_text(said["type"]),
+        region=_text(said["region"]),
+        in_bytes_per_s=_positive(_either(said, "nic_in_gbit_s", "down_gbit_s")) * _GBIT,
+        out_bytes_per_s=_positive(_either(said, "nic_out_gbit_s", "up_gbit_s")) * _GBIT,
         access_s=float(said.get("access_ms", 0.0)) / 1e3,
     )
 
@@ -323,6 +326,19 @@ def _check_names(said: dict[str, Any]) -> None:
         seen.add(node["id"])
 
 
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is no name")
+    return value
+
+
+def _positive(value: Any) -> float:
+    number = float(value)
+    if not 0 < number < inf:
+        raise ValueError(f"{value!r} is not a positive number")
+    return number
+
+
 def _either(said: dict[str, Any], name: str, other: str) -> Any:
     return said[name] if name in said else said[other]
 
@@ -332,7 +348,7 @@ def _listed(links: dict[str, Any]) -> dict[tuple[str, str], Way]:
     ways: dict[tuple[str, str], Way] = {}
     for a, b, gbit_s, ms in links["list"]:
         pair = (named.get(a, a), named.get(b, b))
-        ways[pair] = Way(float(gbit_s) * _GBIT, float(ms) / 1e3)
+        ways[pair] = Way(_positive(gbit_s) * _GBIT, float(ms) / 1e3)
         if links.get("symmetric"):
             ways.setdefault((pair[1], pair[0]), ways[pair])
     return ways
@@ -340,9 +356,9 @@ def _listed(links: dict[str, Any]) -> dict[tuple[str, str], Way]:
 
 def _regions(links: dict[str, Any], nodes: Sequence[Any]) -> dict[tuple[str, str], Way]:
     inside = links["intra_region"]
-    way = Way(float(inside["gbit_s"]) * _GBIT, float(inside["rtt_ms"]) / 2e3)
+    way = Way(_positive(inside["gbit_s"]) * _GBIT, float(inside["rtt_ms"]) / 2e3)
     ways = {(name, name): way for name in {node["region"] for node in nodes}}
     for a, b, gbit_s, rtt_ms in links["inter_region"]:
-        way = Way(float(gbit_s) * _GBIT, float(rtt_ms) / 2e3)
+        way = Way(_positive(gbit_s) * _GBIT, float(rtt_ms) / 2e3)
         ways[a, b] = ways[b, a] = way
     return ways

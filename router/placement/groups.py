@@ -150,9 +150,15 @@ def lan_groups(cluster: Cluster, model: Model) -> tuple[Unit, ...]:
 
 
 def parse_plan(cluster: Cluster, said: Any) -> Plan:
-    """A plan from its JSON: machines under "nodes", groups with their own cuts under "groups"."""
+    """A plan from its JSON, as `plan` has it; UsageError names what is wrong with it."""
     if not isinstance(said, dict) or said.get("schema") != SCHEMA:
         raise UsageError("this is not a plan", remedy=f'it is JSON whose "schema" is "{SCHEMA}"')
+    meant = said.get("cluster", cluster.name)
+    if meant != cluster.name:
+        raise UsageError(
+            f"the plan is for cluster {meant}, not for {cluster.name}",
+            remedy='name that cluster\'s file, or change "cluster" in the plan',
+        )
     try:
         model = cluster.model(said["model"])
         spans = parse_spans(said["nodes"])
@@ -163,11 +169,12 @@ def parse_plan(cluster: Cluster, said: Any) -> Plan:
             unit = _parse_group(cluster, model, group)
             units.append(unit)
             held.append(parse_spans({unit.id: group["layers"]})[unit.id])
+        lines = _parse_pipelines([unit.id for unit in units], said.get("pipelines", ()))
     except KeyError as error:
         raise UsageError(f"the plan lacks the field {error}") from None
     except (TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"the plan has a field of the wrong kind: {error}") from None
-    plan = Plan(model.name, said.get("cluster", cluster.name), tuple(units), tuple(held))
+    plan = Plan(model.name, cluster.name, tuple(units), tuple(held), lines)
     _check(cluster, model, plan)
     return plan
 
@@ -197,6 +204,17 @@ def _parse_group(cluster: Cluster, model: Model, said: Mapping[str, Any]) -> Uni
     if speed is None:
         raise UsageError(f"group {said['id']} cannot hold one layer of {model.name}")
     return Unit(str(said["id"]), leader(cluster, members).id, speed, members, whole)
+
+
+def _parse_pipelines(
+    ids: Sequence[str], said: Sequence[Sequence[str]]
+) -> tuple[tuple[int, ...], ...]:
+    if doubled := {id for id in ids if ids.count(id) > 1}:
+        raise UsageError(f"two units of the plan are called {min(doubled)}")
+    place = {id: at for at, id in enumerate(ids)}
+    if unknown := {str(id) for line in said for id in line} - {*place}:
+        raise UsageError(f"a pipeline names {min(unknown)}, which is no unit of the plan")
+    return tuple(tuple(place[id] for id in line) for line in said)
 
 
 def _check(cluster: Cluster, model: Model, plan: Plan) -> None:

@@ -4,9 +4,11 @@ A max-flow is capacity, not service: a chain over all machines may pass most tok
 keep each of them waiting longest. So a search that shall serve well needs the latency of a plan,
 ten thousand times a second. `mean_field` has the model in numpy and tells the theory;
 `router/native_latency.h` is the same compiled (40 us for 24 units in three rounds, where numpy
-takes 1 ms; 10 to 20 ms for 256). The simulator is the judge: on Helix's clusters, at a third to
-three quarters of their capacity, the time per token is within 10 % of what it finds, the time to
-the first token within 25 % (benchmarks/service.py prints both).
+takes 1 ms; 4 ms and more for 256). The simulator is the judge: on Helix's clusters, at
+Helix's own loads, plans that were searched with this estimate take 12 to 15 % longer per token
+than it says (a search finds where it errs), other plans within 7 %; first tokens are within 25 %
+(benchmarks/service.py prints both). The highest load that a plan serves is told worse: 20 to 90 %
+too high or too low.
 
 Rejected: the max-flow's own shares (it is indifferent between a fast and a slow route below
 capacity); Wardrop equilibria by Frank-Wolfe (tens of iterations, and real clients do not reach

@@ -37,8 +37,6 @@ class Disjoint:
     """A plan of pipelines that share nothing."""
 
     plan: Plan
-    pipelines: tuple[tuple[int, ...], ...]
-    """Of each the places of its units in the plan, in order."""
     curves: tuple[Curve, ...]
     rate: float
     """Requests a second within the deadline in the mean, summed."""
@@ -186,8 +184,7 @@ def _disjoint(builder: Builder, made: Sequence[Built]) -> Disjoint:
             done += part.layers
         pipelines.append(tuple(range(len(units) - len(built.parts), len(units))))
     return Disjoint(
-        Plan(model.name, cluster.name, tuple(units), tuple(spans)),
-        tuple(pipelines),
+        Plan(model.name, cluster.name, tuple(units), tuple(spans), tuple(pipelines)),
         tuple(built.curve for built in made),
         sum(built.rate for built in made),
     )

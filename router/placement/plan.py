@@ -9,10 +9,13 @@ As JSON, the form that `hexswarm plan -o` writes and `hexswarm simulate --plan` 
     {"schema": "hexswarm-plan/1", "model": NAME, "cluster": NAME,
      "nodes": {"n0": [0, 12], "n3": null},
      "groups": [{"id": "n4/0-2", "members": [["n4", 0], ["n4", 1]], "shares": [0.5, 0.5],
-                 "layers": [12, 40]}]}
+                 "layers": [12, 40]}],
+     "pipelines": [["n0", "n4/0-2"]]}
 
 A machine that is in a group is not under "nodes". Shares are each member's part of every layer;
-they need not be equal (heads and columns are cut in proportion).
+they need not be equal (heads and columns are cut in proportion). Units may hand to each other
+wherever layers fit, unless "pipelines" lists who serves with whom: ids in order of their layers,
+which they hold end to end. Then units of different pipelines hand nothing to each other.
 """
 
 from __future__ import annotations
@@ -57,6 +60,8 @@ class Plan:
     units: tuple[Unit, ...]
     spans: tuple[Span | None, ...]
     """One for each unit."""
+    pipelines: tuple[tuple[int, ...], ...] = ()
+    """Places of units in `units`; empty: everybody may hand to everybody."""
 
     def __post_init__(self) -> None:
         if len(self.units) != len(self.spans):
@@ -70,6 +75,35 @@ class Plan:
             if seen & set(unit.members):
                 raise UsageError(f"a GPU of {unit.id} is in two groups")
             seen |= set(unit.members)
+        if self.pipelines:
+            self._check_pipelines()
+
+    def _check_pipelines(self) -> None:
+        """They hold layers end to end, share nobody, and leave nobody out."""
+        listed = [at for pipeline in self.pipelines for at in pipeline]
+        if doubled := {at for at in listed if listed.count(at) > 1}:
+            raise UsageError(f"{self.units[min(doubled)].id} is in two pipelines")
+        for at, span in enumerate(self.spans):
+            if span is not None and at not in listed:
+                raise UsageError(
+                    f"{self.units[at].id} holds {span} and is in no pipeline",
+                    remedy="list it, let it idle, or leave pipelines out of the plan",
+                )
+        last = max((span.end for span in self.spans if span), default=0)
+        for pipeline in self.pipelines:
+            done = 0
+            for at in pipeline:
+                span = self.spans[at]
+                if span is None or span.first != done:
+                    raise UsageError(
+                        f"pipeline {self._names(pipeline)} breaks off before layer {done}"
+                    )
+                done = span.end
+            if done != last:
+                raise UsageError(f"pipeline {self._names(pipeline)} ends before layer {last}")
+
+    def _names(self, pipeline: Iterable[int]) -> str:
+        return ", ".join(self.units[at].id for at in pipeline)
 
     def placed(self) -> Iterable[tuple[Unit, Span]]:
         """Those that hold something."""
@@ -96,13 +130,18 @@ class Plan:
                 )
             else:
                 nodes[unit.id] = layers
-        return {
+        said = {
             "schema": SCHEMA,
             "model": self.model,
             "cluster": self.cluster,
             "nodes": nodes,
             "groups": groups,
         }
+        if self.pipelines:
+            said["pipelines"] = [
+                [self.units[at].id for at in pipeline] for pipeline in self.pipelines
+            ]
+        return said
 
 
 def whole_units(cluster: Cluster, model: str) -> tuple[Unit, ...]:

@@ -2,20 +2,15 @@
 
 `search` places a fixed list of units. Around it goes this loop: one machine's GPUs are grouped anew
 (a group is split, two are merged, or any partition is drawn), the new groups begin where their GPUs
-held layers before, a short search mends the placement, and what is better stays. A grouping whose
-bound is below the flow already found is passed over at once; that is most of them.
+held layers before, a short search mends the placement, and what is better stays. A grouping that
+cannot be worth more than what was found is passed over at once; that is most of them. What a plan
+is for is the `aims`' matter: flow, flow within a deadline, or service at a load.
 
-*Service as flow.* Under a deadline, what a unit can carry is not T(k) at the batch that its memory
-allows but at the largest batch whose steps keep to the deadline: each layer may take
-(time per token - hops) / layers / `WAIT`, where a row on average waits for half a step of the batch
-before its own. With T(k) so limited (`speeds.within`) every route of a flow meets the deadline,
-whichever units it passes, and the largest flow is the highest rate: routes mix freely, nothing is
-tied to one pipeline. Ways that alone take more than `FAR` of a token's time are closed, others are
-paid for out of a fixed allowance for hops.
+It begins with all machines as wholes and with all in halves, and goes on from the better one.
 
 Rejected: units' groupings as further annealing moves inside the compiled walk (a grouping changes
-the number of units, and with it all tables); a latency model in the inner loop (it is a hundred
-times slower than the flow and, with deadlines met by construction, says the same).
+the number of units, and with it all tables); a latency model in the inner loop for deadlines (it is
+a hundred times slower than the flow and, with deadlines met by construction, says the same).
 """
 
 from __future__ import annotations
@@ -26,69 +21,17 @@ from dataclasses import dataclass, replace
 
 from hexswarm.errors import UsageError
 from hexswarm.records import Span
-from hexswarm.router.placement.attainment import Slo
-from hexswarm.router.placement.bound import upper_bound
-from hexswarm.router.placement.cluster import COORDINATOR, Cluster, Model, Node, Way
-from hexswarm.router.placement.groups import DEGREES, grouping, partitions
+from hexswarm.router.placement.aims import Aim, Site, Sited
+from hexswarm.router.placement.cluster import Cluster, Model, Node
+from hexswarm.router.placement.groups import DEGREES, MOST_GPUS, grouping, partitions
 from hexswarm.router.placement.plan import Gpu, Plan, Unit, whole_units
-from hexswarm.router.placement.search import search
-from hexswarm.router.placement.speeds import within
+from hexswarm.router.placement.speeds import estimate_of
 
-WAIT = 1.5
-"""A row's time at a stage, in steps."""
+_BEGIN = 0.15
+"""Of the time, for each of the two plans to begin from."""
 
-FAR = 0.1
-"""One way of a link, in parts of a token's time."""
-
-_CLOSED = 1e-3
-"""Bytes a second of a way that is not to be used."""
-
-_TRIAL_S = 0.25
-"""Of search for one grouping."""
-
-
-@dataclass(frozen=True, slots=True)
-class Deadline:
-    """What an answer may take, as the planner uses it."""
-
-    token_s: float
-    """For each token, prompt included."""
-    hops_s: float
-    """What of it is left to the network."""
-    max_rows: int = 64
-
-    @classmethod
-    def of(cls, slo: Slo, hops: float = 0.1, max_rows: int = 64) -> Deadline:
-        """With a share of the time for hops."""
-        return cls(slo.token_s, hops * slo.token_s, max_rows)
-
-    def layer_s(self, model: Model) -> float:
-        """One layer's time for a batch."""
-        return (self.token_s - self.hops_s) / model.layers / WAIT
-
-    def limited(self, model: Model, units: Sequence[Unit]) -> list[Unit]:
-        """The units with what they carry within it; one that is too slow carries nothing."""
-        found = []
-        for unit in units:
-            profile = within(unit.profile, model, self.layer_s(model), self.max_rows)
-            if profile is None:
-                profile = replace(unit.profile, throughput=(0.0,) * len(unit.profile.throughput))
-            found.append(replace(unit, profile=profile))
-        return found
-
-    def near(self, cluster: Cluster) -> Cluster:
-        """The cluster without the ways that are too long; to the coordinator all remain."""
-        longest = FAR * self.token_s
-        regions = {
-            pair: way if way.one_way_s <= longest else Way(_CLOSED, way.one_way_s)
-            for pair, way in cluster.regions.items()
-        }
-        home = cluster.coordinator.region
-        for (a, b), way in cluster.regions.items():
-            regions |= {(COORDINATOR, b): way} if a == home else {}
-            regions |= {(a, COORDINATOR): way} if b == home else {}
-        coordinator = replace(cluster.coordinator, region=COORDINATOR)
-        return replace(cluster, regions=regions, coordinator=coordinator)
+_AGAIN = 0.15
+"""Of the trials go to the best grouping itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +40,7 @@ class General:
 
     plan: Plan
     flow: float
-    """Tokens a second within the deadline."""
+    """Tokens a second, by the aim: within a deadline, if there is one."""
     groupings: int
     """That were searched."""
 
@@ -105,36 +48,97 @@ class General:
 def general(
     cluster: Cluster,
     model: Model,
-    deadline: Deadline,
+    aim: Aim,
     *,
     rng: random.Random,
     clock: Callable[[], float],
     until: float,
     start: Plan | None = None,
-    told: Callable[[float], None] = lambda flow: None,
+    told: Callable[[Plan, Sited], None] = lambda plan, sited: None,
 ) -> General:
-    """The best plan until `clock` says `until`; from `start`, or from all machines in halves.
+    """The best plan until `clock` says `until`; `told` hears of each better one.
 
     `clock` is asked for slices of time alone: what is found depends on how many fit.
     """
-    near = deadline.near(cluster)
-    best = start or _halves(cluster, model)
-    best, flow = _placed(near, model, deadline, best, rng, clock, min(until, clock() + _TRIAL_S))
-    count = 1
+    hunt = _Hunt(cluster, model, aim, rng, clock, until, told)
+    if start is not None:
+        hunt.attempt(replace(start, pipelines=()), aim.trial_s)
+    else:
+        hunt.attempt(_whole(cluster, model), aim.trial_s)  # soon something to tell
+        slice_s = _BEGIN * (until - clock()) - aim.trial_s
+        for begun in (hunt.plan, _halves(cluster, model)):
+            hunt.attempt(begun, max(aim.trial_s, slice_s))
     while clock() < until:
-        tried = regrouped(cluster, best, rng)
-        while rng.random() < 0.3:
+        tried = hunt.plan
+        if rng.random() > _AGAIN:
             tried = regrouped(cluster, tried, rng)
-        if upper_bound(near, model, deadline.limited(model, tried.units)) <= flow:
-            continue
-        slice_end = min(until, clock() + _TRIAL_S)
-        placed, found = _placed(near, model, deadline, tried, rng, clock, slice_end)
-        count += 1
-        if found >= flow:
-            if found > flow:
-                told(found)
-            best, flow = placed, found
-    return General(best, flow, count)
+            while rng.random() < 0.3:
+                tried = regrouped(cluster, tried, rng)
+        hunt.attempt(tried, aim.trial_s)
+    return General(settled(cluster, hunt.plan), hunt.best.flow, hunt.count)
+
+
+class _Hunt:
+    """The best plan so far."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        model: Model,
+        aim: Aim,
+        rng: random.Random,
+        clock: Callable[[], float],
+        until: float,
+        told: Callable[[Plan, Sited], None],
+    ) -> None:
+        self._near, self._model, self._aim = aim.near(cluster), model, aim
+        self._rng, self._clock, self._until, self._told = rng, clock, until, told
+        self.plan = _whole(cluster, model)
+        self.best = Sited(self.plan.spans, 0.0, float("-inf"))
+        self.count = 0
+
+    def attempt(self, plan: Plan, seconds: float) -> None:
+        """Place a plan's units anew, from where they are; it is kept if it is not worse."""
+        site = Site(self._near, self._model, plan.units)
+        known = plan is self.plan
+        if not known and self._aim.most(site) <= self.best.worth:
+            return
+        end = min(self._until, self._clock() + seconds)
+        placed = self._aim.place(site, plan.spans, self._rng, lambda: self._clock() >= end)
+        self.count += not known
+        if placed.worth < self.best.worth:
+            return
+        better = placed.worth > self.best.worth
+        self.plan, self.best = replace(plan, spans=placed.spans), placed
+        if better:
+            self._told(self.plan, placed)
+
+
+def regroupable(cluster: Cluster, node: Node) -> bool:
+    """Whether a machine's GPUs can be grouped in several ways whose speeds can be told."""
+    return 2 <= cluster.types[node.type].gpus <= MOST_GPUS and _estimated(cluster, node)
+
+
+def _estimated(cluster: Cluster, node: Node) -> bool:
+    """Whether speeds of groups can be told that nobody measured."""
+    if cluster.types[node.type].spec is None:
+        return False
+    try:
+        estimate_of(cluster)
+    except UsageError:
+        return False
+    return True
+
+
+def settled(cluster: Cluster, plan: Plan) -> Plan:
+    """The plan with groups of all GPUs of a machine called by the machine's name."""
+    whole = {unit.id: unit for unit in whole_units(cluster, plan.model)}
+    units = []
+    for unit in plan.units:
+        same = whole.get(unit.node)
+        every = same is not None and set(_members(cluster, same)) == set(unit.members)
+        units.append(same if same and every and same.profile == unit.profile else unit)
+    return replace(plan, units=tuple(units))
 
 
 def regrouped(cluster: Cluster, plan: Plan, rng: random.Random) -> Plan:
@@ -160,43 +164,32 @@ def regrouped(cluster: Cluster, plan: Plan, rng: random.Random) -> Plan:
     return Plan(plan.model, plan.cluster, units, spans)
 
 
-def _placed(
-    near: Cluster,
-    model: Model,
-    deadline: Deadline,
-    plan: Plan,
-    rng: random.Random,
-    clock: Callable[[], float],
-    until: float,
-) -> tuple[Plan, float]:
-    """The plan's units placed anew, from where they are."""
-    limited = deadline.limited(model, plan.units)
-    found = search(
-        near, model, limited, rng=rng, expired=lambda: clock() >= until, start=plan.spans
-    )
-    return replace(plan, spans=found.spans), found.flow
+def _whole(cluster: Cluster, model: Model) -> Plan:
+    """Every machine as one unit; all idle."""
+    units = whole_units(cluster, model.name)
+    return Plan(model.name, cluster.name, units, (None,) * len(units))
 
 
 def _halves(cluster: Cluster, model: Model) -> Plan:
-    """Every machine in two groups, or in one where it has a single GPU; all idle."""
+    """Every machine in two groups, where that is possible; all idle."""
     units: list[Unit] = []
     whole = {unit.id: unit for unit in whole_units(cluster, model.name)}
     for node in cluster.nodes:
         count = cluster.types[node.type].gpus
-        if cluster.types[node.type].spec is None:
-            units += [whole[node.id]] if node.id in whole else []
-            continue
-        sizes = [size for size in (count - count // 2, count // 2) if size]
-        made = grouping(cluster, model, node, sizes) or grouping(cluster, model, node, [count])
+        made = None
+        if regroupable(cluster, node):
+            made = grouping(cluster, model, node, (count - count // 2, count // 2))
+        if made is None and node.id in whole:
+            made = (whole[node.id],)
+        if made is None and _estimated(cluster, node):
+            made = grouping(cluster, model, node, (count,))
         units += made or ()
-    if not units:
-        raise UsageError(f"no machine of {cluster.name} can hold one layer of {model.name}")
     return Plan(model.name, cluster.name, tuple(units), (None,) * len(units))
 
 
 def _own(cluster: Cluster, plan: Plan, node: Node) -> list[tuple[Unit, Span | None]]:
     """A machine's units, if its GPUs can be regrouped: two or more, and in no group of a LAN."""
-    if cluster.types[node.type].gpus < 2 or cluster.types[node.type].spec is None:
+    if not regroupable(cluster, node):
         return []
     mine = []
     for unit, span in zip(plan.units, plan.spans, strict=True):

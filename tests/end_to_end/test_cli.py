@@ -18,7 +18,10 @@ from tests.end_to_end.swarm import LocalSwarm, all_of, environment, hexswarm
 
 pytestmark = pytest.mark.end_to_end
 
-COMMANDS = ("generate", "chat", "status", "route", "why", "peer", "bootstrap", "demo")
+COMMANDS = (
+    *("generate", "chat", "status", "route", "why", "peer", "bootstrap", "demo"),
+    *("plan", "simulate"),
+)
 FRANCE = "What is the capital of France?"
 CONTINUE = "The capital of France is"
 

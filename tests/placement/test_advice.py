@@ -140,6 +140,82 @@ def test_an_advice_that_stalls_is_dropped(stuck: tuple[Census, Advice]) -> None:
     assert last.advice is None
 
 
+def drained(census: Census) -> Census:
+    """The same peers, which drop their layers before they load others."""
+    return replace(census, beside=False)
+
+
+def test_who_drops_its_layers_first_is_spared_meanwhile() -> None:
+    """Also between two moves every layer is held; and the time without the mover is reckoned."""
+    advised = 0
+    for seed in range(12):
+        census = drained(joined(seed))
+        found = advice.advise(census, LOAD_S, 30.0, tries=2)
+        if found is None:
+            continue
+        advised += 1
+        spans = list(census.spans)
+        for move in found.moves:
+            spans[census.peers.index(move.peer)] = None
+            assert not uncovered([span for span in spans if span], LAYERS), move
+            spans[census.peers.index(move.peer)] = move.to
+        beside = replace(census, beside=True)
+        gains = [advice.judge(found, swarm, LOAD_S).gain for swarm in (census, beside)]
+        assert gains[0] <= gains[1]
+        assert advice.judge(found, census, LOAD_S).after == pytest.approx(found.tokens_per_s)
+    assert advised >= 2
+
+
+def test_no_move_is_advised_to_those_who_stay(stuck: tuple[Census, Advice]) -> None:
+    census, found = stuck
+    names = frozenset(move.peer for move in found.moves[:2])
+    other = advice.advise(replace(census, staying=names), LOAD_S, 30.0, tries=TRIES)
+    assert other is None or names.isdisjoint(move.peer for move in other.moves)
+    everybody = replace(census, staying=frozenset(census.peers))
+    assert advice.advise(everybody, LOAD_S, 30.0, tries=1) is None
+
+
+def test_a_cut_advice_is_worth_what_its_first_moves_are(stuck: tuple[Census, Advice]) -> None:
+    census, found = stuck
+    for most in range(1, len(found.moves)):
+        cut = advice.advise(census, LOAD_S, 30.0, tries=TRIES, most=most)
+        if cut is not None:
+            assert len(cut.moves) <= most
+            assert advice.judge(cut, census, LOAD_S).after == pytest.approx(cut.tokens_per_s)
+            assert cut.tokens_per_s > flow(census, list(census.spans))
+
+
+def test_who_drops_its_layers_first_moves_when_others_serve_them() -> None:
+    """What others are still loading does not count, nor what one would hold oneself."""
+    follower = Follower("n0", beside=False)
+
+    def turn(served: dict[str, Span | None], moving: dict[str, Span]) -> Span | None:
+        follower.advice = Advice(1, (Move("n0", Span(4, 8)),), 1.0, 0.0)
+        return follower.turn(served, moving, 8, 1.0)
+
+    here: dict[str, Span | None] = {"n0": Span(0, 4), "n1": Span(4, 8), "n2": Span(0, 4)}
+    assert turn(here, {}) == Span(4, 8)
+    assert turn({**here, "n2": None}, {"n2": Span(0, 4)}) is None
+    assert turn({**here, "n2": Span(4, 8)}, {}) is None
+
+
+def test_one_that_loads_is_waited_for_and_what_was_dropped_stays_dropped(
+    stuck: tuple[Census, Advice],
+) -> None:
+    census, found = stuck
+    first, last = found.moves[0], Follower(found.moves[-1].peer)
+    assert first.to is not None
+    assert last.hear(found, census, LOAD_S)
+    served = {**dict(zip(census.peers, census.spans, strict=True)), first.peer: None}
+    later_s = found.made_s + advice.PATIENCE_S + 1.0
+    assert last.turn(served, {first.peer: first.to}, LAYERS, later_s) is None
+    assert last.advice is not None
+    assert last.turn(served, {}, LAYERS, later_s) is None
+    assert last.advice is None
+    assert not last.hear(found, census, LOAD_S)
+    assert last.hear(replace(found, made_s=found.made_s + 1.0), census, LOAD_S)
+
+
 def test_nobody_gives_up_the_last_copy_in_its_own_view() -> None:
     """Whatever the order says: the views of others may be old."""
     census = Census(("n0",), joined(0, 1).rates, (Span(0, 4),))

@@ -226,10 +226,44 @@ def test_the_cut_that_a_plan_names_is_kept() -> None:
     assert plan.units[0].profile.decode_layer_s(1) > plan.units[1].profile.decode_layer_s(1)
 
 
+def test_pipelines_survive_their_json() -> None:
+    pool = cluster()
+    halves = groups.grouping(pool, pool.model(MODEL), pool.nodes[0], (4, 4))
+    small = groups.grouping(pool, pool.model(MODEL), pool.nodes[1], (4,))
+    assert halves is not None
+    assert small is not None
+    spans = (Span(2, 42), Span(42, 80), Span(0, 2))
+    plan = Plan(MODEL, pool.name, (*halves, *small), spans, ((2, 0, 1),))
+    said = plan.to_json()
+    assert said["pipelines"] == [["b/0-3", "a/0-3", "a/4-7"]]
+    assert groups.parse_plan(pool, said) == plan
+    assert "pipelines" not in replace(plan, pipelines=()).to_json()
+
+
+@pytest.mark.parametrize(
+    ("pipelines", "words"),
+    [
+        ([["a/0-3", "a/4-7", "z"]], "names z"),
+        ([["a/0-3", "a/4-7"], ["a/0-3", "a/4-7"]], "in two pipelines"),
+        ([["a/4-7", "a/0-3"], ["b/0-2"]], "breaks off before layer 0"),
+        ([["a/0-3", "a/4-7"]], "b/0-2 holds 0:3 and is in no pipeline"),
+        ([["a/0-3", "a/4-7"], ["b/0-2"]], "b/0-2 ends before layer 80"),
+        ([["a/0-3", "a/4-7"], ["b/0-2", "b/3"]], "breaks off before layer 3"),
+        ([3], "wrong kind"),
+        ([[["a"]]], "no unit"),
+    ],
+)
+def test_wrong_pipelines_are_named(pipelines: list[Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        groups.parse_plan(cluster(), {**some_plan(cluster()).to_json(), "pipelines": pipelines})
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"schema": "other"}, "not a plan"),
+        ({"cluster": "other"}, "for cluster other, not for"),
+        ({"nodes": {"b/3": None}}, "no node"),
         ({"model": "gpt"}, "no speeds"),
         ({"nodes": {"x": [0, 3]}}, "no node"),
         ({"nodes": {"a": [0, 1]}}, "in group"),

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hexswarm.errors import UsageError
-from hexswarm.router.placement import attainment, groups, regroup
+from hexswarm.router.placement import aims, attainment, groups, regroup
 from hexswarm.router.placement.attainment import Curve, Job, Pipeline, Slo, Stage
 from hexswarm.router.placement.cluster import (
     Cluster,
@@ -230,7 +230,7 @@ def test_machines_of_unknown_gpus_serve_whole() -> None:
     found = disjoint(builder(pool), rng=random.Random(1), expired=ticks(30))
     assert {unit.id for unit in found.plan.units} == {"n0", "n1"}
     assert not any(unit.grouped for unit in found.plan.units)
-    assert [len(units) for units in found.pipelines] == [1, 1]
+    assert [len(units) for units in found.plan.pipelines] == [1, 1]
     assert quickest(pool, SMALL).stages == (Stage(6, made["fast4"]),)
 
 
@@ -250,8 +250,8 @@ def test_pipelines_are_whole_and_share_nothing(seed: int) -> None:
     found = disjoint(builder(pool), rng=random.Random(seed), expired=ticks(25))
     gpus = [gpu for unit in found.plan.units for gpu in unit.members]
     assert len(set(gpus)) == len(gpus)
-    assert sorted(itertools.chain(*found.pipelines)) == list(range(len(found.plan.units)))
-    for units in found.pipelines:
+    assert sorted(itertools.chain(*found.plan.pipelines)) == list(range(len(found.plan.units)))
+    for units in found.plan.pipelines:
         spans = [found.plan.spans[unit] for unit in units]
         ends = [0, *(span.end for span in spans if span)]
         assert [span.first for span in spans if span] == ends[:-1]
@@ -295,7 +295,7 @@ def test_the_general_plan_keeps_the_deadline_and_beats_disjoint_pipelines() -> N
     pool = cluster(("fast", 4, "x"), ("slow", 3, "x"), ("fast", 3, "x"))
     limit = slo(20.0)
     start = disjoint(builder(pool), rng=random.Random(1), expired=ticks(60)).plan
-    deadline = regroup.Deadline.of(limit)
+    deadline = aims.Deadline.of(limit)
     moments = itertools.count(0.0, 0.02)
     found = regroup.general(
         pool,
@@ -314,10 +314,10 @@ def test_the_general_plan_keeps_the_deadline_and_beats_disjoint_pipelines() -> N
 
 def test_a_far_way_is_closed_but_not_to_the_coordinator() -> None:
     pool = cluster(("fast", 4, "x"), ("fast", 4, "y"))
-    near = regroup.Deadline(0.15, 0.01).near(pool)
+    near = aims.Deadline(0.15, 0.01).near(pool)
     assert near.way("n0", "n1").bytes_per_s < 1.0
     assert near.way("n0", "coordinator").bytes_per_s > 1e6
-    wide = regroup.Deadline(0.25, 0.01).near(pool)
+    wide = aims.Deadline(0.25, 0.01).near(pool)
     assert wide.way("n0", "n1").bytes_per_s > 1e6
 
 
@@ -325,6 +325,6 @@ def test_a_unit_that_is_too_slow_carries_nothing() -> None:
     pool = cluster(("fast", 4, "x"))
     unit = groups.group(pool, SMALL, [("n0", 0)])
     assert unit is not None
-    slow = replace(regroup.Deadline(1.0, 0.0), token_s=1e-3)
+    slow = replace(aims.Deadline(1.0, 0.0), token_s=1e-3)
     (limited,) = slow.limited(SMALL, [unit])
     assert set(limited.profile.throughput) == {0.0}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,6 +27,22 @@ def test_a_batch_pays_for_prompts_and_for_rows() -> None:
     assert seconds(rows[:2]) == pytest.approx(4 * (READ_S + 2 * ROW_S))
     assert seconds(rows[2:]) == pytest.approx(4 * 100 * TOKEN_S)
     assert seconds(rows) == pytest.approx(seconds(rows[:2]) + seconds(rows[2:]))
+
+
+def test_the_head_is_read_once_by_those_who_sample_at_the_end() -> None:
+    plain, headed = profile(), replace(profile(), head_s=0.5)
+    seconds = speeds.BatchTime(headed, HELD)
+    without = speeds.BatchTime(plain, HELD)
+    unfinished = replace(row(decode=False, tokens=100), sample=False)
+    elsewhere = row(decode=True, span=Span(2, 5))
+    for rows, heads in (
+        ([row(decode=True), row(decode=True)], 1),
+        ([row(decode=True, span=Span(4, 6))], 1),
+        ([unfinished, elsewhere], 0),
+        ([unfinished, row(decode=True)], 1),
+    ):
+        assert seconds(rows) == pytest.approx(without(rows) + heads * 0.5)
+    assert speeds.speed(headed).head_s == 0.5
 
 
 def test_who_enters_late_pays_for_the_layers_that_it_passes() -> None:
