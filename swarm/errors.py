@@ -17,7 +17,9 @@ changing a call and the second by leaving that peer.
     │   ├── BootstrapUnreachable  none of the given seeds answered
     │   ├── AddressInUse        the port to listen on is taken
     │   ├── ClockSkew           this machine's clock differs too much from the swarm's
-    │   └── PeerLost            a peer of the route vanished or stopped answering
+    │   ├── PeerLost            a peer of the route vanished or stopped answering
+    │   ├── WrongPeer           somebody else answered, or showed no key for the name it gave
+    │   └── MemberLost          a member of a tensor-parallel group died, froze or left
     ├── NoRoute                 no pipeline covers all layers within the limits
     ├── Refused                 a peer declined a session (full, draining, other model)
     ├── SessionClosed           the session ended or its lease expired
@@ -103,6 +105,28 @@ class PeerLost(NetworkError):
         where = f" (layers {layers[0]}-{layers[1] - 1})" if layers else ""
         super().__init__(f"peer {peer[-8:]}{where} {how}", remedy="send the request again")
         self.peer, self.layers, self.how = peer, layers, how
+
+
+class WrongPeer(NetworkError):
+    """`expected` should have answered; `answered` is who said it was there ("" if nobody did)."""
+
+    def __init__(self, expected: str, answered: str, how: str) -> None:
+        super().__init__(
+            f"expected peer {expected[-8:]}, {how}",
+            remedy="check its address and its identity file",
+        )
+        self.expected, self.answered, self.how = expected, answered, how
+
+
+class MemberLost(NetworkError):
+    """`rank` of a group is lost, and with it this `epoch` of the group; `peer` is its id."""
+
+    def __init__(self, rank: int, peer: str, epoch: int, how: str) -> None:
+        super().__init__(
+            f"rank {rank} of the group (peer {peer[-8:]}, epoch {epoch}) {how}",
+            remedy="form the group again",
+        )
+        self.rank, self.peer, self.epoch, self.how = rank, peer, epoch, how
 
 
 class NoRoute(HexswarmError):

@@ -2,8 +2,8 @@
 
 A transport gives ordered, reliable, encrypted byte streams between peers whose ids it has
 authenticated. That is all; framing, lanes, pings and sessions are built above it, so that the same
-code runs over libp2p (`libp2p.py`), over an in-memory network on a virtual clock (`memory.py`) and
-later over direct TLS.
+code runs over libp2p (`libp2p.py`) and over an in-memory network on a virtual clock (`memory.py`).
+The streams of `direct.py` are none of these: collectives wait for them in a thread, not in a loop.
 """
 
 from __future__ import annotations
