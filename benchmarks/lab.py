@@ -153,7 +153,9 @@ class WideSwarm:
         clients: Sequence[str] = tuple(CLIENTS.values()),
         hosts: Mapping[str, Mapping[str, Any]] | None = None,
         say: Callable[[str], None] = lambda _: None,
+        script: Path = Path(__file__),
     ) -> None:
+        """`script` is the client that runs inside of a host: ADDRESS and HOME are its words."""
         self.spans = dict(spans)
         self.members: dict[str, Member] = {}
         """By peer id."""
@@ -161,6 +163,7 @@ class WideSwarm:
         self._client_hosts = tuple(clients)
         self._settings = dict(hosts or {})
         self._say = say
+        self._script = script.resolve()
         self._nodes: list[Process] = []
         self._clients: dict[str, Inside] = {}
         self._stack = contextlib.ExitStack()
@@ -185,7 +188,7 @@ class WideSwarm:
         """The client in `host`, started when first asked for."""
         if host not in self._clients:
             home = self.home / f"client-{host}"
-            words = [sys.executable, str(Path(__file__).resolve()), self.bootstrap, str(home)]
+            words = [sys.executable, str(self._script), self.bootstrap, str(home)]
             self._clients[host] = Inside(host, self._spawn(host, words, stdin=subprocess.PIPE))
         return self._clients[host]
 

@@ -262,8 +262,9 @@ def wire_overhead(hidden: int) -> int:
 async def measure(flags: argparse.Namespace) -> dict[str, Any]:
     folder = resolve(flags.model, home=cache())
     plain = Plain(folder.path, flags.device, flags.dtype)
-    extra = ("--device", flags.device, "--dtype", flags.dtype)
-    with LocalSwarm(spans(folder.spec.layers), model=flags.model, threads=1, extra=extra) as local:
+    extra = ("--device", flags.device, "--dtype", flags.peer_dtype or flags.dtype)
+    cut, threads = spans(folder.spec.layers), flags.peer_threads
+    with LocalSwarm(cut, model=flags.model, threads=threads, extra=extra) as local:
         home = local.home / "client"
         async with AsyncClient(local.bootstrap, model=flags.model, home=home) as client:
             swarm = Swarm(local, client)
@@ -296,6 +297,8 @@ def main() -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--peer-dtype", help="of the peers alone; plain keeps --dtype")
+    parser.add_argument("--peer-threads", type=int, default=1, help="0: as many as are of use")
     parser.add_argument("--equal", action="store_true")
     parser.add_argument("--soak", action="store_true")
     flags = parser.parse_args()

@@ -65,7 +65,7 @@ BACKENDS: dict[str, str] = {
 def choose(device: torch.device, dtype: torch.dtype, head_dim: int = 64) -> str:
     """The fastest backend for weights of this kind in this installation."""
     if device.type == "cpu":
-        return "native" if dtype == torch.float32 and native.available() else "torch"
+        return "native" if dtype in native.DTYPES and native.available() else "torch"
     suitable = device.type == "cuda" and _tiles(head_dim) and _young(device)
     return "triton" if suitable and find_spec("triton") is not None else "torch"
 

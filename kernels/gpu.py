@@ -19,7 +19,7 @@ bucket, so there a row does not depend on its neighbours, bit for bit.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from hexswarm.kernels import elementwise, reference
 from hexswarm.kernels.paged import PagedDecode, Plan
-from hexswarm.kernels.product import product
+from hexswarm.kernels.product import product, project
 from hexswarm.kernels.quantise import Quantised
 from hexswarm.kernels.ragged import Ragged
 from hexswarm.kernels.rope import rope_append_
@@ -54,8 +54,11 @@ class GpuLayers:
         block: int,
         *,
         graphs: bool = True,
+        total: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """`blocks` of `block` tokens are in the pool; the rotation has `frequencies`, `scaling`.
+
+        `total`, if given, sums over the ranks of a tensor-parallel group what each computed.
 
         Without `graphs` the layers may lie on a CPU, where Triton interprets its kernels.
         """
@@ -64,6 +67,7 @@ class GpuLayers:
         most = BUCKETS[-1]
         self._layers = tuple(layers)
         self._frequencies, self._scaling, self._graphs_on = frequencies, scaling, graphs
+        self._total = total
         parallel = max(4 * _processors(device) // first.kv_heads, 1)
         self._plan = Plan(most, most * blocks, device, parallel)
         self._paged = PagedDecode(self._plan, first.heads, first.kv_heads, first.head_dim, block)
@@ -146,10 +150,17 @@ class GpuLayers:
         product(y, layer.qkv, qkv, bias=layer.qkv_bias)
         rope_append_(qkv, rope, slots, cache, layer.heads, layer.qk_norm, layer.eps)
         self._paged.attend(qkv, cache, attended, layer.head_dim**-0.5, layer.window)
-        product(attended, layer.o, x, bias=layer.o_bias, add=True)
+        self._add(x, attended, layer.o, layer.o_bias)
         y = elementwise.rms_norm(x, layer.post_norm, layer.eps)
         product(y, layer.gate_up, middle, bias=layer.gate_up_bias, gated=True)
-        product(middle, layer.down, x, bias=layer.down_bias, add=True)
+        self._add(x, middle, layer.down, layer.down_bias)
+
+    def _add(self, x: Tensor, y: Tensor, weight: Tensor | Quantised, bias: Tensor | None) -> None:
+        """x += y @ weight + bias, of all ranks."""
+        if self._total is None:
+            product(y, weight, x, bias=bias, add=True)
+        else:
+            x.add_(self._total(project(y, weight, bias)))
 
 
 def _inputs(weight: Tensor | Quantised) -> int:

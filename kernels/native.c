@@ -1,9 +1,11 @@
-/* The layers of a stage for a few tokens, in float32 on a CPU: see native.py for the theory.
+/* The layers of a stage for a few tokens on a CPU, computed in float32, with matrices and cache in
+ * float32 or bfloat16: see native.py for the theory.
  *
  * A plain shared library, called through ctypes; setuptools compiles it as an extension module
  * only because that is what setuptools can compile. It needs neither Python's headers nor any
  * library but libc. On x86 the arithmetic is compiled for three instruction sets and the best one
- * is chosen at run time; elsewhere once, for the compiler's default.
+ * is chosen at run time; elsewhere once, for the compiler's default. Each twice, for both kinds of
+ * stored numbers.
  *
  * Threads are a team of our own: all run the same program on their share of the columns, heads or
  * sessions, and wait for each other six times a layer. A waiting thread spins for some tens of
@@ -35,10 +37,10 @@ struct shape {
 };
 
 struct layer {
-    const float *input_norm, *qkv, *qkv_bias, *qk_norm, *o, *o_bias;
-    const float *post_norm, *gate_up, *gate_up_bias, *down, *down_bias;
-    float *cache;   /* [slots, 2, kv heads, head dim] */
-    int64_t window; /* 0 for none */
+    const float *input_norm, *qkv_bias, *qk_norm, *o_bias, *post_norm, *gate_up_bias, *down_bias;
+    const void *qkv, *o, *gate_up, *down; /* [in, out], of stored numbers */
+    void *cache;                          /* likewise [slots, 2, kv heads, head dim] */
+    int64_t window;                       /* 0 for none */
 };
 
 struct batch {
@@ -58,7 +60,8 @@ struct pass { /* all layers of a stage for one batch */
 
 struct head { /* logits = norm(x) @ weight */
     int64_t rows, hidden, vocabulary;
-    const float *x, *norm, *weight;
+    const float *x, *norm;
+    const void *weight; /* stored numbers */
     float *logits, *scratch;
     float eps;
 };
@@ -80,7 +83,7 @@ struct team {
     atomic_uint round;
     pthread_mutex_t lock;
     pthread_cond_t next;
-    const struct variant *variant;
+    program *decode, *head;
     program *run;
     const void *job;
     struct member members[]; /* the first is the caller, who has no thread here */
@@ -136,9 +139,16 @@ static struct range columns(int64_t n, int thread, int threads) {
 #define JOIN(a, b) JOIN_(a, b)
 #define NAME(x) JOIN(x, VARIANT)
 
-#define VARIANT plain
 #define LANES 4
+#define HALF 0
+#define VARIANT plain
 #include "native_layers.h"
+#undef HALF
+#undef VARIANT
+#define HALF 1
+#define VARIANT plain_half
+#include "native_layers.h"
+#undef HALF
 #undef VARIANT
 #undef LANES
 
@@ -150,9 +160,16 @@ static struct range columns(int64_t n, int thread, int threads) {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #endif
-#define VARIANT avx2
 #define LANES 8
+#define HALF 0
+#define VARIANT avx2
 #include "native_layers.h"
+#undef HALF
+#undef VARIANT
+#define HALF 1
+#define VARIANT avx2_half
+#include "native_layers.h"
+#undef HALF
 #undef VARIANT
 #undef LANES
 #ifdef __clang__
@@ -164,9 +181,16 @@ static struct range columns(int64_t n, int thread, int threads) {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avx512f,avx512dq,avx512vl")
 #endif
-#define VARIANT avx512
 #define LANES 16
+#define HALF 0
+#define VARIANT avx512
 #include "native_layers.h"
+#undef HALF
+#undef VARIANT
+#define HALF 1
+#define VARIANT avx512_half
+#include "native_layers.h"
+#undef HALF
 #undef VARIANT
 #undef LANES
 #ifdef __clang__
@@ -179,13 +203,13 @@ static struct range columns(int64_t n, int thread, int threads) {
 
 static const struct variant {
     const char *name;
-    program *decode, *head;
+    program *decode[2], *head[2]; /* for stored float and bfloat16 */
 } variants[] = {
 #ifdef __x86_64__
-    {"avx512", decode_avx512, head_avx512},
-    {"avx2", decode_avx2, head_avx2},
+    {"avx512", {decode_avx512, decode_avx512_half}, {head_avx512, head_avx512_half}},
+    {"avx2", {decode_avx2, decode_avx2_half}, {head_avx2, head_avx2_half}},
 #endif
-    {"plain", decode_plain, head_plain},
+    {"plain", {decode_plain, decode_plain_half}, {head_plain, head_plain_half}},
 };
 
 /* The first of the variants that runs here; so do all after it. */
@@ -224,11 +248,11 @@ int64_t hexswarm_scratch(const struct shape *s, int64_t rows, int64_t threads) {
 }
 
 void hexswarm_decode(struct team *team, const struct pass *pass) {
-    run(team, team->variant->decode, pass);
+    run(team, team->decode, pass);
 }
 
 void hexswarm_head(struct team *team, const struct head *head) {
-    run(team, team->variant->head, head);
+    run(team, team->head, head);
 }
 
 static void *work(void *argument) {
@@ -245,11 +269,12 @@ static void *work(void *argument) {
 }
 
 /* A team of the caller and `threads` - 1 others, fewer if the system gives no more; or NULL.
- * `instructions` counts from the best set on, see above. */
-struct team *hexswarm_start(int64_t threads, int64_t instructions) {
+ * `instructions` counts from the best set on, see above; `half` says what is stored. */
+struct team *hexswarm_start(int64_t threads, int64_t instructions, int64_t half) {
     struct team *team = calloc(1, sizeof *team + (size_t)threads * sizeof *team->members);
     if (!team) return NULL;
-    team->variant = best() + instructions;
+    team->decode = best()[instructions].decode[half];
+    team->head = best()[instructions].head[half];
     pthread_mutex_init(&team->lock, NULL);
     pthread_cond_init(&team->next, NULL);
     pthread_mutex_lock(&team->lock);

@@ -1,7 +1,8 @@
-/* The arithmetic of native.c, compiled once per instruction set: see there for the theory.
+/* The arithmetic of native.c, compiled once per instruction set and kind of stored numbers: see
+ * there for the theory.
  *
- * The includer sets LANES, the floats of a vector register, and NAME(x), which makes the names of
- * this round unique. Vectors are GCC's and Clang's generic ones; there are no intrinsics.
+ * The includer sets LANES, the floats of a vector register, HALF, whether matrices and the cache
+ * hold bfloat16 instead of float, and NAME(x), which makes the names of this round unique. Vectors are GCC's and Clang's generic ones; there are no intrinsics.
  *
  * Sums over columns of a weight matrix go through k in ascending order, one fused multiply-add per
  * term, whatever the number of rows, the tiling and the threads. A row's result therefore does not
@@ -10,13 +11,51 @@
 #define vec NAME(vec)
 #define ivec NAME(ivec)
 #define quad NAME(quad)
+#define halves NAME(halves)
+#define stored NAME(stored)
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
+typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+#if HALF
+typedef uint16_t stored;
+#else
+typedef float stored;
+#endif
+#define LINE (64 / (int)sizeof(stored)) /* numbers in a line of the caches */
+
 INLINE vec NAME(load)(const float *p) { return *(const vec *)p; }
 INLINE void NAME(store)(float *p, vec v) { *(vec *)p = v; }
 INLINE vec NAME(all)(float value) { return (vec){0} + value; }
+
+/* Stored numbers: a bfloat16 is the upper half of a float. It is widened on its way to the
+ * registers and rounded to the nearest on its way back, to even between two. */
+#if HALF
+INLINE vec NAME(fetch)(const stored *p) {
+    return (vec)(__builtin_convertvector(*(const halves *)p, ivec) << 16);
+}
+INLINE float NAME(fetch_one)(const stored *p) {
+    const uint32_t bits = (uint32_t)*p << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+INLINE void NAME(keep)(stored *to, const float *from, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, from + i, sizeof bits);
+        const uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
+        to[i] = (uint16_t)((from[i] == from[i] ? rounded : 0x7fc00000) >> 16);
+    }
+}
+#else
+INLINE vec NAME(fetch)(const stored *p) { return *(const vec *)p; }
+INLINE float NAME(fetch_one)(const stored *p) { return *p; }
+INLINE void NAME(keep)(stored *to, const float *from, int64_t n) {
+    memcpy(to, from, (size_t)n * sizeof *to);
+}
+#endif
 
 INLINE float NAME(total)(vec v) {
     quad part[LANES / 4];
@@ -59,12 +98,12 @@ static void NAME(rms_norm)(float *y, const float *x, const float *weight, int64_
 }
 
 /* sums[r][j] += sum over u < 4 of x[r][u] * w[u][j], for V vectors of columns from j on. */
-INLINE void NAME(patch)(const int R, const int V, float *sums, const float *x, const float *w,
+INLINE void NAME(patch)(const int R, const int V, float *sums, const float *x, const stored *w,
                         int64_t width, int64_t j) {
     vec weights[4][2];
     UNROLL for (int u = 0; u < 4; u++)
         UNROLL for (int v = 0; v < V; v++)
-            weights[u][v] = NAME(load)(w + u * width + j + v * LANES);
+            weights[u][v] = NAME(fetch)(w + u * width + j + v * LANES);
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int v = 0; v < V; v++) {
             vec sum = NAME(load)(sums + r * STRIDE + j + v * LANES);
@@ -75,46 +114,46 @@ INLINE void NAME(patch)(const int R, const int V, float *sums, const float *x, c
 
 /* The same for n columns and R rows, R known to the compiler. `ahead` is what to fetch from memory
  * meanwhile, in the same shape: the hardware looks ahead within a page only. */
-INLINE void NAME(strip)(const int R, float *sums, const float *from, int64_t depth, const float *w,
-                        int64_t width, int64_t n, const float *ahead) {
+INLINE void NAME(strip)(const int R, float *sums, const float *from, int64_t depth, const stored *w,
+                        int64_t width, int64_t n, const stored *ahead) {
     float x[8 * 4];
     int64_t j = 0;
     for (int r = 0; r < R; r++) memcpy(x + r * 4, from + r * depth, 4 * sizeof *x);
     for (; j + 2 * LANES <= n; j += 2 * LANES) {
         if (ahead)
             UNROLL for (int u = 0; u < 4; u++)
-                UNROLL for (int line = 0; line < 2 * LANES; line += 16)
+                UNROLL for (int line = 0; line < 2 * LANES; line += LINE)
                     __builtin_prefetch(ahead + u * width + j + line, 0, 2);
         NAME(patch)(R, 2, sums, x, w, width, j);
     }
     for (; j + LANES <= n; j += LANES) NAME(patch)(R, 1, sums, x, w, width, j);
     for (; j < n; j++)
         for (int r = 0; r < R; r++)
-            for (int u = 0; u < 4; u++) sums[r * STRIDE + j] += x[r * 4 + u] * w[u * width + j];
+            for (int u = 0; u < 4; u++) sums[r * STRIDE + j] += x[r * 4 + u] * NAME(fetch_one)(w + u * width + j);
 }
 
 #define STRIP(R)                                                                                   \
-    static void NAME(strip_##R)(float *sums, const float *x, int64_t depth, const float *w,        \
-                                int64_t width, int64_t n, const float *ahead) {                    \
+    static void NAME(strip_##R)(float *sums, const float *x, int64_t depth, const stored *w,       \
+                                int64_t width, int64_t n, const stored *ahead) {                   \
         NAME(strip)(R, sums, x, depth, w, width, n, ahead);                                        \
     }
 STRIP(1) STRIP(2) STRIP(3) STRIP(4) STRIP(5) STRIP(6) STRIP(7) STRIP(8)
 #undef STRIP
 
-static void (*const NAME(strips)[])(float *, const float *, int64_t, const float *, int64_t,
-                                    int64_t, const float *) = {
+static void (*const NAME(strips)[])(float *, const float *, int64_t, const stored *, int64_t,
+                                    int64_t, const stored *) = {
     NULL,          NAME(strip_1), NAME(strip_2), NAME(strip_3), NAME(strip_4),
     NAME(strip_5), NAME(strip_6), NAME(strip_7), NAME(strip_8),
 };
 
 /* sums[r][j] += x[r][0] * w[j]: one row of weights, for what four do not divide. */
-static void NAME(thin_strip)(int rows, float *sums, const float *x, int64_t depth, const float *w,
+static void NAME(thin_strip)(int rows, float *sums, const float *x, int64_t depth, const stored *w,
                              int64_t n) {
     for (int r = 0; r < rows; r++, sums += STRIDE, x += depth) {
         int64_t j = 0;
         for (; j + LANES <= n; j += LANES)
-            NAME(store)(sums + j, NAME(load)(sums + j) + *x * NAME(load)(w + j));
-        for (; j < n; j++) sums[j] += *x * w[j];
+            NAME(store)(sums + j, NAME(load)(sums + j) + *x * NAME(fetch)(w + j));
+        for (; j < n; j++) sums[j] += *x * NAME(fetch_one)(w + j);
     }
 }
 
@@ -122,7 +161,7 @@ static void NAME(thin_strip)(int rows, float *sums, const float *x, int64_t dept
  * `x_stride` apart, w `[depth, width]`, y `[rows, width]`. The sums of a tile of columns stay in the
  * first-level cache while the weights stream by. */
 static void NAME(multiply)(float *y, int add, const float *x, int64_t x_stride, int rows,
-                           const float *w, int64_t depth, int64_t width, const float *bias,
+                           const stored *w, int64_t depth, int64_t width, const float *bias,
                            struct range own) {
     float sums[ROWS * STRIDE];
     for (int64_t tile = own.first; tile < own.end; tile += TILE) {
@@ -136,8 +175,8 @@ static void NAME(multiply)(float *y, int add, const float *x, int64_t x_stride, 
                 memset(sums + r * STRIDE, 0, bytes);
         }
         for (; k + 4 <= depth; k += 4) {
-            const float *at = w + k * width + tile;
-            const float *ahead = k + 8 <= depth ? at + 4 * width : w + tile + TILE;
+            const stored *at = w + k * width + tile;
+            const stored *ahead = k + 8 <= depth ? at + 4 * width : w + tile + TILE;
             for (int r = 0; r < rows; r += 8)
                 NAME(strips)[MIN(8, rows - r)](sums + r * STRIDE, x + r * x_stride + k, x_stride,
                                                at, width, n, r ? NULL : ahead);
@@ -166,12 +205,12 @@ static void NAME(rotate)(float *x, const float *weight, const float *cos, const 
     }
 }
 
-INLINE float NAME(dot)(const float *a, const float *b, int64_t n) {
+INLINE float NAME(dot)(const float *a, const stored *b, int64_t n) {
     vec sums = {0};
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) sums += NAME(load)(a + i) * NAME(load)(b + i);
+    for (; i + LANES <= n; i += LANES) sums += NAME(load)(a + i) * NAME(fetch)(b + i);
     float sum = NAME(total)(sums);
-    for (; i < n; i++) sum += a[i] * b[i];
+    for (; i < n; i++) sum += a[i] * NAME(fetch_one)(b + i);
     return sum;
 }
 
@@ -185,7 +224,7 @@ static float NAME(weigh)(float *scores, int count, float top) {
 }
 
 /* out = out * keep + sum of weights[i] * values[i]. */
-static void NAME(mix)(float *out, float keep, const float *weights, const float *const *values,
+static void NAME(mix)(float *out, float keep, const float *weights, const stored *const *values,
                       int count, int64_t n) {
     int64_t d = 0;
     for (; d + 4 * LANES <= n; d += 4 * LANES) {
@@ -193,17 +232,17 @@ static void NAME(mix)(float *out, float keep, const float *weights, const float 
         UNROLL for (int v = 0; v < 4; v++) sums[v] = NAME(load)(out + d + v * LANES) * keep;
         for (int i = 0; i < count; i++)
             UNROLL for (int v = 0; v < 4; v++)
-                sums[v] += weights[i] * NAME(load)(values[i] + d + v * LANES);
+                sums[v] += weights[i] * NAME(fetch)(values[i] + d + v * LANES);
         UNROLL for (int v = 0; v < 4; v++) NAME(store)(out + d + v * LANES, sums[v]);
     }
     for (; d + LANES <= n; d += LANES) {
         vec sum = NAME(load)(out + d) * keep;
-        for (int i = 0; i < count; i++) sum += weights[i] * NAME(load)(values[i] + d);
+        for (int i = 0; i < count; i++) sum += weights[i] * NAME(fetch)(values[i] + d);
         NAME(store)(out + d, sum);
     }
     for (; d < n; d++) {
         float sum = out[d] * keep;
-        for (int i = 0; i < count; i++) sum += weights[i] * values[i][d];
+        for (int i = 0; i < count; i++) sum += weights[i] * NAME(fetch_one)(values[i] + d);
         out[d] = sum;
     }
 }
@@ -211,7 +250,7 @@ static void NAME(mix)(float *out, float keep, const float *weights, const float 
 /* Attention of up to HEADS query heads on one KV head, for one token: keys in chunks, the softmax
  * corrected as its maximum grows. Reads no slot but those of the tokens that the query sees. Keys
  * of one head lie too far apart for the hardware's prefetcher. */
-static void NAME(attend)(const struct shape *shape, const struct batch *batch, const float *cache,
+static void NAME(attend)(const struct shape *shape, const struct batch *batch, const stored *cache,
                          int64_t window, int row, int64_t kv_head, int heads, const float *q,
                          float *out) {
     const int64_t n = shape->head_dim, half = shape->kv_heads * n;
@@ -223,19 +262,19 @@ static void NAME(attend)(const struct shape *shape, const struct batch *batch, c
     for (int h = 0; h < heads; h++) tops[h] = -__builtin_inff();
     for (int64_t t = window && length > window ? length - window : 0; t < length; t += CHUNK) {
         const int count = (int)MIN(CHUNK, length - t);
-        const float *keys[CHUNK], *values[CHUNK];
+        const stored *keys[CHUNK], *values[CHUNK];
         for (int i = 0; i < count; i++) {
             const int64_t block = (t + i) / batch->block_size, at = (t + i) % batch->block_size;
             const int64_t slot = blocks[block] * batch->block_size + at;
             keys[i] = cache + slot * 2 * half + kv_head * n;
             values[i] = keys[i] + half;
-            for (int64_t d = 0; d < n; d += 16) __builtin_prefetch(keys[i] + d, 0, 3);
+            for (int64_t d = 0; d < n; d += LINE) __builtin_prefetch(keys[i] + d, 0, 3);
         }
         for (int h = 0; h < heads; h++) {
             float scores[CHUNK] = {0}, top = tops[h], keep[LANES];
             for (int i = 0; i < count; i++) {
                 if (h == 0)
-                    for (int64_t d = 0; d < n; d += 16) __builtin_prefetch(values[i] + d, 0, 3);
+                    for (int64_t d = 0; d < n; d += LINE) __builtin_prefetch(values[i] + d, 0, 3);
                 scores[i] = scale * NAME(dot)(q + h * n, keys[i], n);
                 if (scores[i] > top) top = scores[i];
             }
@@ -289,7 +328,7 @@ static void NAME(decode)(struct team *team, int thread, const void *job) {
 
     for (int64_t l = 0; l < pass->count; l++) {
         const struct layer *layer = pass->layers + l;
-        float *cache = layer->cache;
+        stored *cache = layer->cache;
         for (int r = 0; r < rows; r++)
             NAME(rms_norm)(y + r * hidden, x + r * hidden, layer->input_norm, hidden, s->eps);
         NAME(multiply)(heads, 0, y, hidden, rows, layer->qkv, hidden, fused, layer->qkv_bias,
@@ -301,9 +340,9 @@ static void NAME(decode)(struct team *team, int thread, const void *job) {
             NAME(rotate)(at, layer->qk_norm ? layer->qk_norm + head * n : NULL, b->cos + r * n,
                          b->sin + r * n, n, s->eps);
             if (head >= s->heads) {
-                float *key = cache + (b->slots[r] * 2 * s->kv_heads + head - s->heads) * n;
-                memcpy(key, at, (size_t)n * sizeof *key);
-                memcpy(key + s->kv_heads * n, at + s->kv_heads * n, (size_t)n * sizeof *key);
+                stored *key = cache + (b->slots[r] * 2 * s->kv_heads + head - s->heads) * n;
+                NAME(keep)(key, at, n);
+                NAME(keep)(key + s->kv_heads * n, at + s->kv_heads * n, n);
             }
         }
         wait_for_all(team);
@@ -348,3 +387,6 @@ static void NAME(head)(struct team *team, int thread, const void *job) {
 #undef vec
 #undef ivec
 #undef quad
+#undef halves
+#undef stored
+#undef LINE

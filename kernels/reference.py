@@ -22,11 +22,14 @@ from hexswarm.kernels.ragged import Piece
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, the root in float32."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, the root in float32 or wider."""
+    half = x.dtype.itemsize < 4
+    norm = torch.linalg.vector_norm(
+        x, dim=-1, keepdim=True, dtype=torch.float32 if half else x.dtype
+    )
     epsilon = _constant(eps, x.device)
     scale = torch.addcmul(epsilon, norm, norm, value=1 / x.shape[-1]).rsqrt_()
-    if x.dtype == torch.float32:
+    if not half:
         return torch.mul(x, scale).mul_(weight)
     return torch.mul(x.float(), scale).to(x.dtype).mul_(weight)
 

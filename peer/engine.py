@@ -44,7 +44,8 @@ from typing import Any, Protocol, TypeVar
 
 from hexswarm.clock import Clock
 from hexswarm.errors import HexswarmError, RemoteProtocolError, SessionClosed
-from hexswarm.peer.cache import BlockTables, Lease
+from hexswarm.peer.cache import BLOCK_TOKENS, BlockTables, Lease
+from hexswarm.peer.gauges import BatchGauges, EngineGauges
 from hexswarm.peer.load import LoadMeter
 from hexswarm.peer.pace import Pace
 from hexswarm.peer.scheduler import Scheduler
@@ -113,6 +114,7 @@ class Engine:
             cache.on_release = self._ended.extend
         self._thread = threading.Thread(target=self._live, name="hexswarm-device", daemon=True)
         self.counters = Counters()
+        self._batches = BatchGauges()
         self._pace = pace
         self._meter = LoadMeter(clock.monotonic())
 
@@ -190,6 +192,26 @@ class Engine:
             now = self._clock.monotonic()
             prompts_s = self._scheduler.prompts_s() if prompts else 0.0
             return self._meter.load(now, prompts_s, self._cache.free_tokens)
+
+    def gauges(self) -> EngineGauges:
+        """How the engine is: for whoever watches this peer."""
+        with self._wake:
+            now, cache, counted = self._clock.monotonic(), self._cache, self.counters
+            load = self._meter.load(now, self._scheduler.prompts_s(), cache.free_tokens)
+            return EngineGauges(
+                batches=self._batches,
+                computed_rows=counted.rows,
+                computed_tokens=counted.tokens,
+                crashes=counted.crashes,
+                busy_s=counted.busy_s,
+                waiting_steps=len(self._scheduler),
+                sessions=len(cache.sessions),
+                kv_tokens=cache.total_blocks * BLOCK_TOKENS,
+                kv_leased_tokens=(cache.total_blocks - cache.free_blocks) * BLOCK_TOKENS,
+                kv_cached_tokens=sum(map(cache.length, cache.sessions)),
+                queue_s=load.queue_s,
+                busy_share=load.busy,
+            )
 
     def speed_now(self) -> Speed | None:
         """The speed to announce, None without a `pace`."""
@@ -325,6 +347,8 @@ class Engine:
         tokens = batch.tokens - len(waits_s)
         marginal_s = self._scheduler.times.marginal(len(waits_s), tokens)
         self._meter.computed(started_s, ended_s, waits_s, marginal_s)
+        rows = len(batch.rows)
+        self._batches = self._batches.computed(rows, rows - len(waits_s), ended_s - started_s)
         if self._pace is not None:
             self._pace.observe(batch, ended_s - started_s, ended_s)
 

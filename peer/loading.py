@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Sequence
+from bisect import bisect_right
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from hexswarm.architecture import span_shapes
+from hexswarm.architecture import end_shapes, layer_shapes, span_shapes
 from hexswarm.config import PeerConfig
 from hexswarm.errors import OutOfMemory, UsageError
 from hexswarm.kernels.dispatch import choose
 from hexswarm.kernels.quantise import rounded_bytes
 from hexswarm.peer.cache import BLOCK_TOKENS
 from hexswarm.peer.models.architecture import read_architecture
-from hexswarm.peer.probe import Measured, cached, measure
+from hexswarm.peer.probe import Measured, cached, measure, try_threads
 from hexswarm.peer.runner import Runner
 from hexswarm.peer.shard import BITS, Shard
+from hexswarm.peer.threads import fewest_threads
 from hexswarm.peer.weights import load_span
 from hexswarm.progress import Progress
 from hexswarm.records import DTYPES, Span
@@ -87,46 +89,58 @@ def kept_bits(config: PeerConfig, folder: ModelFolder, device: str, dtype: str) 
 
 def held_bytes(folder: ModelFolder, span: Span, dtype: str, bits: int = 16) -> int:
     """Bytes of the weights of `span`, matrices of layers in `bits` if those are below 16."""
-    total = 0
-    for name, shape in span_shapes(folder.config, span).items():
-        if bits < 16 and len(shape) == 2 and name.startswith("model.layers."):
-            total += rounded_bytes(*shape, bits)
-        else:
-            total += math.prod(shape) * DTYPES[dtype]
-    return total
+    return sum(
+        _tensor_bytes(name, shape, dtype, bits)
+        for name, shape in span_shapes(folder.config, span).items()
+    )
 
 
-def span_for_memory(
-    folder: ModelFolder,
-    kv_tokens: int,
-    dtype: str,
-    budget: int,
-    coverage: Sequence[int],
-    bits: int = 16,
-) -> Span:
-    """As many layers as fit `budget` bytes, where the swarm has the fewest copies.
+def _tensor_bytes(name: str, shape: tuple[int, ...], dtype: str, bits: int) -> int:
+    """The router of a mixture of experts is never rounded."""
+    matrix = len(shape) == 2 and name.startswith("model.layers.")
+    if bits < 16 and matrix and not name.endswith(".gate.weight"):
+        rows, columns = shape
+        return rounded_bytes(rows, columns, bits)
+    return math.prod(shape) * DTYPES[dtype]
 
-    `bits` are those of `kept_bits`. Ties go to the lower layer. Raises OutOfMemory if not even one
-    layer fits.
+
+def _layers_bytes(folder: ModelFolder, dtype: str, bits: int) -> list[int]:
+    """Bytes of all layers before each one: counted once, a mixture has hundreds of tensors."""
+    totals = [0]
+    for layer in range(folder.spec.layers):
+        shapes = layer_shapes(folder.config, layer)
+        own = sum(_tensor_bytes(name, shape, dtype, bits) for name, shape in shapes.items())
+        totals.append(totals[-1] + own)
+    return totals
+
+
+def longest_runs(
+    folder: ModelFolder, kv_tokens: int, dtype: str, budget: int, bits: int = 16
+) -> tuple[int, ...]:
+    """For each layer, how many from there on fit `budget` bytes with their KV; `bits` as kept.
+
+    Raises OutOfMemory if not even one layer fits.
     """
     layers = folder.spec.layers
     kv_layer = folder.spec.kv_bytes_per_token_layer // 2 * DTYPES[dtype] * kv_tokens
+    held = _layers_bytes(folder, dtype, bits)
 
-    def fits(span: Span) -> bool:
-        return held_bytes(folder, span, dtype, bits) + kv_layer * len(span) <= budget
+    def needed(first: int, end: int) -> int:
+        # The ends depend on the span as a whole: tied, they are one tensor.
+        ends = end_shapes(folder.config, Span(first, end)).items()
+        ends_bytes = sum(_tensor_bytes(name, shape, dtype, bits) for name, shape in ends)
+        return held[end] - held[first] + ends_bytes + kv_layer * (end - first)
 
-    for length in range(layers, 0, -1):
-        windows = [Span(first, first + length) for first in range(layers - length + 1)]
-        fitting = [window for window in windows if fits(window)]
-        if fitting:
-            return min(
-                fitting,
-                key=lambda span: (sorted(coverage[span.first : span.end]), span.first),
-            )
-    raise OutOfMemory(
-        f"not one layer with KV for {kv_tokens} tokens fits {budget >> 20} MiB",
-        remedy="lower --kv-tokens or free memory",
-    )
+    found = []
+    for first in range(layers):
+        ends = range(first + 1, layers + 1)
+        found.append(bisect_right(ends, budget, key=partial(needed, first)))
+    if max(found) == 0:
+        raise OutOfMemory(
+            f"not one layer with KV for {kv_tokens} tokens fits {budget >> 20} MiB",
+            remedy="lower --kv-tokens or free memory",
+        )
+    return tuple(found)
 
 
 def load(
@@ -153,15 +167,23 @@ def load(
         progress.note(f"compiling for layers {span} on {device}")
         shard.warm(pool)
     runner = Runner(shard, pool)
+    shape = (span, folder.spec.layers, folder.spec.hidden, dtype)
+    if shard.backend == "native" and not config.threads:
+
+        def resize(count: int) -> None:
+            shard.threads = count
+
+        most = torch.get_num_threads()
+        shard.threads = fewest_threads(try_threads(runner.run, resize, *shape), most)
     parts = (
         *(folder.spec.digest, span, dtype, config.quant, device, shard.backend),
-        torch.get_num_threads(),
+        *(torch.get_num_threads(), shard.threads),
         *(__version__, torch.__version__, platform.processor(), platform.node()),
     )
     progress.note(f"measuring the speed of layers {span} on {device}")
     measured = cached(
         config.cache / "speed.json",
         parts,
-        lambda: measure(runner.run, span, folder.spec.layers, folder.spec.hidden, dtype),
+        lambda: measure(runner.run, *shape),
     )
     return Served(folder, span, runner, blocks, dtype, device, measured, config.quant)

@@ -16,19 +16,24 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from hexswarm.peer.cache import blocks_of
 from hexswarm.peer.steps import Activations, Batch, Row, TailPolicy
 from hexswarm.peer.steptime import CHUNK_TOKENS
-from hexswarm.records import DTYPES, Sampling, Span, Speed
+from hexswarm.records import Sampling, Span, Speed
 
 SHORT_TOKENS = 16
 STEPS = 6
 REPEATS = 8
 MOST_EFFICIENT = 1024
-VERSION = 2
+WORDS = 16
+"""Token ids that every vocabulary has."""
+VERSION = 3
 """Of the cached figures: raised when something else is measured, or otherwise."""
 
 
@@ -93,6 +98,24 @@ def again(run: Callable[[Batch], Any], span: Span, layers: int, hidden: int, dty
     return time.perf_counter() - began
 
 
+def try_threads(
+    run: Callable[[Batch], Any],
+    resize: Callable[[int], None],
+    span: Span,
+    layers: int,
+    hidden: int,
+    dtype: str,
+) -> Callable[[int], float]:
+    """Times a decode step with so many threads; only before sessions have KV in the pool."""
+
+    def timed(count: int) -> float:
+        resize(count)
+        again(run, span, layers, hidden, dtype)  # threads start, and sleep again
+        return again(run, span, layers, hidden, dtype)
+
+    return timed
+
+
 class _Rows:
     """Rows of a made-up session for one span."""
 
@@ -102,16 +125,27 @@ class _Rows:
         self._hidden, self._dtype = hidden, dtype
 
     def row(self, session: bytes, position: int, count: int, sample: bool) -> Row:
-        data = bytes(count * self._hidden * DTYPES[self._dtype])
+        data = _noise(count * self._hidden, self._dtype)
         return Row(
             session=session.ljust(16, b"\0"),
             position=position,
             count=count,
-            payload=[0] * count if self._head else Activations(data, self._dtype),
+            payload=[n % WORDS for n in range(count)]
+            if self._head
+            else Activations(data, self._dtype),
             sample=sample and self._tail,
             blocks=self._blocks,
             policy=TailPolicy(Sampling()) if self._tail else None,
         )
+
+
+@cache
+def _noise(count: int, dtype: str) -> bytes:
+    """Activations as a model might have them; of equal tokens a mixture would ask few experts."""
+    values = np.random.default_rng(0).standard_normal(count, np.float32)
+    if dtype == "bfloat16":
+        return (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()
+    return values.astype(dtype).tobytes()
 
 
 def _efficient_tokens(short_s: float, long_s: float) -> int:

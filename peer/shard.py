@@ -5,10 +5,23 @@ may enter and leave inside the span (partial entry), so `forward` takes the sub-
 `embed` and `head` exist where the span touches the model's ends. With tied embeddings one tensor
 serves both, stored as the LM head likes it: `[hidden, vocabulary]`.
 
-Backend "native" runs batches of few tokens in C (`hexswarm.kernels.native`), in float32 on a CPU,
-and longer ones as "torch" does. "triton" runs batches of decode steps as one graph on a GPU
-(`hexswarm.kernels.gpu`), and prompts of the same batch after them: the weights are read once more,
-which is little beside what a prompt computes. "auto" is the fastest that can be.
+Backend "native" runs batches of few tokens in C (`hexswarm.kernels.native`) on a CPU, in float32 or
+with weights in bfloat16. Of longer batches it runs the decode steps, `ROWS` at a time, so that what
+a session decodes does not depend on who else is there, bit for bit; prompts go as "torch" has them.
+"triton" runs decode steps as one graph on a GPU (`hexswarm.kernels.gpu`), and prompts of the same
+batch after them. Either way the weights are then read once more, which is little beside what a
+prompt computes. "auto" is the fastest that can be.
+
+Mixtures of experts run as "torch" does on every backend, layer by layer among the others; on a GPU
+they keep the whole span out of the graph, with the operations of "triton".
+
+A shard may be one *part* of its layers (`hexswarm.peer.cuts`): it is given the slices of the
+tensors that belong to the part, has fewer heads, columns and words, and adds up with the other
+ranks through `sums`, which all call alike. `embed` and `forward` give every rank the same, bit for
+bit, `head` the logits of all words. On a CPU parts run layer by layer as "torch" does, since what
+runs in C adds to the hidden states itself; on a GPU sums are in the graph if they can be and if all
+KV heads have equally many queries. Few-bit weights are rounded slice by slice: as exact as those of
+the whole matrix, but not the same numbers.
 
 `quant` rounds the layers' matrices to few bits as they are loaded. Triton keeps them so; elsewhere
 they are widened again, which saves no memory, but computes with the same weights.
@@ -16,8 +29,10 @@ they are widened again, which saves no memory, but computes with the same weight
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
+from itertools import groupby
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,11 +44,14 @@ from hexswarm.kernels.dispatch import choose, gpu_layers, operations
 from hexswarm.kernels.native import ROWS, NativeLayers
 from hexswarm.kernels.quantise import Quantised
 from hexswarm.kernels.ragged import Ragged
+from hexswarm.peer.cuts import Part
 from hexswarm.peer.kv import KvPool
 from hexswarm.peer.models.architecture import Architecture
-from hexswarm.peer.models.layers import DecoderLayer, start_pass
+from hexswarm.peer.models.experts import MixtureLayer
+from hexswarm.peer.models.layers import AttendingLayer, start_pass
 from hexswarm.peer.models.llama import Source
 from hexswarm.peer.models.registry import family
+from hexswarm.peer.sums import Sums
 from hexswarm.records import DTYPES, Span
 
 EMBEDDING, NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -60,6 +78,10 @@ def required_tensors(architecture: Architecture, span: Span) -> tuple[str, ...]:
     return tuple(names)
 
 
+Layers = Callable[[Tensor, Ragged], Tensor]
+"""Runs some layers on a batch, whose hidden states it may change in place."""
+
+
 class Shard:
     """Layers [span.first, span.end) of a model, ready to run.
 
@@ -78,33 +100,50 @@ class Shard:
         *,
         backend: str = "auto",
         quant: str = "none",
+        part: Part | None = None,
+        sums: Sums | None = None,
     ) -> None:
+        """`sums` are needed for a `part` of several."""
         if total_layers != architecture.layers or span.end > total_layers:
             raise UsageError(f"span {span} of {total_layers} layers in {architecture.layers}")
         self.architecture, self.span, self.total_layers = architecture, span, total_layers
+        self.part, self.sums = part or architecture.whole, sums
+        if self.part.whole == (sums is not None):
+            raise UsageError("parts of a cut have sums, and only they")
         self.dtype, self.device = torch_dtype(dtype), torch.device(device)
         self.dtype_name = str(self.dtype).removeprefix("torch.")
         self.backend = backend
         if backend == "auto":
             self.backend = choose(self.device, self.dtype, architecture.head_dim)
+        if self.backend == "native" and not self.part.whole:
+            self.backend = "torch"
         by_rows, bits = self.backend == "triton", BITS[quant]
         self.operations = operations(self.backend)
         frequencies, self._rope_scaling = architecture.rope.frequencies(architecture.head_dim)
         self._frequencies = frequencies.to(self.device)
         try:
-            self._load(Source(tensors, self.dtype, self.device, by_rows=by_rows, bits=bits))
+            self._load(
+                Source(
+                    *(tensors, self.dtype, self.device),
+                    by_rows=by_rows,
+                    bits=bits,
+                    part=self.part,
+                )
+            )
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(
                 f"layers {span} do not fit {self.device}", remedy="choose a shorter span"
             ) from error
         self._native: NativeLayers | None = None
-        if self.backend == "native":
-            self._native = NativeLayers(self.layers, torch.get_num_threads())
+        dense = [layer for layer in self.layers if not isinstance(layer, MixtureLayer)]
+        self._mixed = len(dense) < len(self.layers)
+        if self.backend == "native" and dense:
+            self._native = NativeLayers(dense, torch.get_num_threads())
         self._graphed: WeakKeyDictionary[KvPool, Any] = WeakKeyDictionary()
         """Of each pool: a graph holds the addresses of what it reads and writes."""
 
     def _load(self, source: Source) -> None:
-        a, span = self.architecture, self.span
+        a, span, words = self.architecture, self.span, len(self.part.words)
         build = family(a.family).build
         with torch.inference_mode():
             self.layers = [build(a, index, source) for index in range(span.first, span.end)]
@@ -112,9 +151,9 @@ class Shard:
             if self.is_tail:
                 self._norm = source.take(NORM, a.hidden)
                 name = EMBEDDING if a.tied else LM_HEAD
-                self._lm_head = source.take_transposed([(name, a.vocabulary)], a.hidden)
+                self._lm_head = source.take_transposed([(name, words)], a.hidden)
             if self.is_head and not (self.is_tail and a.tied):
-                self._embedding = source.take(EMBEDDING, a.vocabulary, a.hidden)
+                self._embedding = source.take(EMBEDDING, words, a.hidden)
 
     @property
     def is_head(self) -> bool:
@@ -129,8 +168,20 @@ class Shard:
         """Bytes of weights held."""
         held = [self._embedding, self._norm, self._lm_head]
         for layer in self.layers:
-            held += [getattr(layer, name) for name in layer.__slots__]
+            for field in fields(layer):
+                value = getattr(layer, field.name)
+                held += value if isinstance(value, tuple) else [value]
         return sum(t.nbytes for t in held if isinstance(t, Tensor | Quantised))
+
+    @property
+    def threads(self) -> int:
+        """Of decode steps on a CPU; settable if the backend is "native"."""
+        return torch.get_num_threads() if self._native is None else self._native.threads
+
+    @threads.setter
+    def threads(self, count: int) -> None:
+        if self._native is not None:
+            self._native.resize(count)
 
     def make_pool(self, blocks: int, block_size: int = 16) -> KvPool:
         """A KV pool for this shard's layers, in its dtype, on its device."""
@@ -138,7 +189,7 @@ class Shard:
         return KvPool(
             len(self.span),
             blocks,
-            kv_heads=a.kv_heads,
+            kv_heads=len(self.part.kv_heads),
             head_dim=a.head_dim,
             dtype=self.dtype,
             device=self.device,
@@ -147,6 +198,14 @@ class Shard:
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids `[tokens]` to hidden states, at the head only."""
+        if self.sums is None:
+            return self._embed(ids)
+        words = self.part.words
+        foreign = (ids < words.start) | (ids >= words.stop)
+        x = self._embed((ids - words.start).masked_fill_(foreign, 0))
+        return self.sums.total(x.masked_fill_(foreign[:, None], 0)).to(self.dtype)
+
+    def _embed(self, ids: Tensor) -> Tensor:
         if self._embedding is not None:
             return self._embedding.index_select(0, ids)
         if not (self.is_head and self._lm_head is not None):
@@ -161,29 +220,55 @@ class Shard:
         offset = self.span.first
         layers = self.layers[span.first - offset : span.end - offset]
         caches = [pool.layer(i) for i in range(span.first - offset, span.end - offset)]
-        if self._native is not None and batch.tokens <= ROWS:
-            rope = self.operations.rope_tables(
-                batch.positions, self._frequencies, self._rope_scaling, self.dtype
-            )
-            return self._native.decode(x, batch, rope, caches, span.first - offset)
+        first = span.first - offset
+
+        def eager(x: Tensor, batch: Ragged) -> Tensor:
+            return self._eager(layers, x, batch, caches)
+
+        def in_c(x: Tensor, batch: Ragged) -> Tensor:
+            return self._in_c(layers, x, batch, caches, first)
+
+        def graphed(x: Tensor, batch: Ragged) -> Tensor:
+            out: Tensor = self._graphs(pool).decode(x, batch, caches, first)
+            return out
+
         with self._here():
-            if self.backend != "triton":
-                return self._eager(layers, x, batch, caches)
-            steps = [i for i, extent in enumerate(batch.extents) if extent.count == 1]
-            prompts = [i for i, extent in enumerate(batch.extents) if extent.count > 1]
-            graphed = self._graphs(pool) if steps else None
-            if not prompts and len(steps) <= DECODE_ROWS:
-                return graphed.decode(x, batch, caches, span.first - offset)
-            for at in range(0, len(steps), DECODE_ROWS):
-                part, rows = batch.part(steps[at : at + DECODE_ROWS])
-                x[rows] = graphed.decode(x[rows], part, caches, span.first - offset)
-            if prompts:
-                part, rows = batch.part(prompts)
-                x[rows] = self._eager(layers, x[rows], part, caches)
-            return x
+            if self._native is not None:
+                return (
+                    in_c(x, batch) if batch.tokens <= ROWS else _split(x, batch, in_c, ROWS, eager)
+                )
+            if self._as_graph:
+                return _split(x, batch, graphed, DECODE_ROWS, eager)
+            return eager(x, batch)
+
+    def _in_c(
+        self,
+        layers: list[AttendingLayer],
+        x: Tensor,
+        batch: Ragged,
+        caches: list[Tensor],
+        first: int,
+    ) -> Tensor:
+        """Runs of layers that are no mixtures in C, the others as `_eager` does."""
+        assert self._native is not None
+        rope = self.operations.rope_tables(
+            batch.positions, self._frequencies, self._rope_scaling, torch.float32
+        )
+        if not self._mixed:
+            return self._native.decode(x, batch, rope, caches, first)
+        before = sum(not isinstance(layer, MixtureLayer) for layer in self.layers[:first])
+        pairs = list(zip(layers, caches, strict=True))
+        for mixed, run in groupby(pairs, key=lambda pair: isinstance(pair[0], MixtureLayer)):
+            some, theirs = map(list, zip(*run, strict=True))
+            if mixed:
+                self._eager(some, x, batch, theirs)
+            else:
+                self._native.decode(x, batch, rope, theirs, before)
+                before += len(some)
+        return x
 
     def _eager(
-        self, layers: list[DecoderLayer], x: Tensor, batch: Ragged, caches: list[Tensor]
+        self, layers: list[AttendingLayer], x: Tensor, batch: Ragged, caches: list[Tensor]
     ) -> Tensor:
         run = start_pass(
             batch,
@@ -192,6 +277,7 @@ class Shard:
             self._rope_scaling,
             self.dtype,
             self.operations,
+            self.sums,
         )
         for layer, cache in zip(layers, caches, strict=True):
             layer.forward(x, run, cache)
@@ -199,10 +285,17 @@ class Shard:
 
     def warm(self, pool: KvPool, buckets: Iterable[int] = COMMON) -> None:
         """Compile and capture what decode steps of the whole span need; `pool` stays as it is."""
-        if self.backend == "triton":
+        if self._as_graph:
             caches = [pool.layer(i) for i in range(pool.layers)]
             with torch.inference_mode(), self._here():
                 self._graphs(pool).warm(caches, buckets)
+
+    @property
+    def _as_graph(self) -> bool:
+        """Whether decode steps run as one."""
+        even = all(len(layer.runs) < 2 for layer in self.layers)
+        joined = self.sums is None or self.sums.capturable
+        return self.backend == "triton" and not self._mixed and even and joined
 
     def _graphs(self, pool: KvPool) -> Any:
         """The layers for decode steps on this pool."""
@@ -212,6 +305,7 @@ class Shard:
                 *(self.layers, self._frequencies, self._rope_scaling),
                 *(pool.blocks, pool.block_size),
                 graphs=self.device.type == "cuda",
+                total=self.sums.total if self.sums else None,
             )
         return found
 
@@ -223,11 +317,31 @@ class Shard:
         """Final norm and LM head of the rows to sample: float32 logits `[rows, vocabulary]`."""
         if self._norm is None or self._lm_head is None:
             raise UsageError(f"span {self.span} does not hold the LM head")
-        if self._native is not None and len(x) <= ROWS:
-            return self._native.head(x, self._norm, self._lm_head, self.architecture.norm_eps)
+        if self._native is not None:
+            parts = (self._norm, self._lm_head, self.architecture.norm_eps)
+            firsts = range(0, len(x), ROWS)
+            return torch.cat([self._native.head(x[at : at + ROWS], *parts) for at in firsts])
         with self._here():
             y = self.operations.rms_norm(x, self._norm, self.architecture.norm_eps)
-            return self.operations.project(y, self._lm_head).float()
+            logits = self.operations.project(y, self._lm_head).float()
+        if self.sums is None:
+            return logits
+        return self.sums.beside(logits, self.part.words, self.architecture.vocabulary)
+
+
+def _split(x: Tensor, batch: Ragged, few: Layers, most: int, eager: Layers) -> Tensor:
+    """Decode steps by `few`, up to `most` at a time; prompts by `eager`, all together."""
+    steps = [i for i, extent in enumerate(batch.extents) if extent.count == 1]
+    prompts = [i for i, extent in enumerate(batch.extents) if extent.count > 1]
+    if not prompts and len(steps) <= most:
+        return few(x, batch)
+    for at in range(0, len(steps), most):
+        part, rows = batch.part(steps[at : at + most])
+        x[rows] = few(x[rows], part)
+    if prompts:
+        part, rows = batch.part(prompts)
+        x[rows] = eager(x[rows], part)
+    return x
 
 
 def torch_dtype(name: str | torch.dtype) -> torch.dtype:

@@ -8,6 +8,12 @@ tensor. Files are read, not mapped, since a mapped file that somebody truncates 
 
 The names and shapes come from the config, not from the file: a file that lacks one, has another
 shape, or has a tensor which our model code would ignore is refused.
+
+A member of a tensor-parallel group reads its own slices (`hexswarm.peer.slices`). Rows lie together
+in a file, so they are one read. Of columns each row's run is read by itself if it is long; short
+ones are cut out of whole rows, a few megabytes at a time, since a disk hands over pages anyway.
+GGUF packs weights in blocks along a row: rows are read as they are, columns cut out of the whole
+tensor once it is widened.
 """
 
 from __future__ import annotations
@@ -15,6 +21,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -24,13 +31,15 @@ from hexswarm.errors import CorruptWeights, OutOfMemory, UnsupportedModel
 from hexswarm.gguf import read_gguf
 from hexswarm.headers import TensorInfo, check_safetensors
 from hexswarm.manifest import HashCache
+from hexswarm.peer.cuts import Part
 from hexswarm.peer.memory import free_bytes
+from hexswarm.peer.slices import Slice, part_slices
 from hexswarm.progress import Progress, Quiet
 from hexswarm.records import DTYPES, Span
 from hexswarm.store import ModelFolder, span_files
 
 Shape = tuple[int, ...]
-Read = Callable[[str, Shape], torch.Tensor]
+Read = Callable[[str, Slice], torch.Tensor]
 
 _DTYPES = {
     "F64": torch.float64,
@@ -38,15 +47,20 @@ _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+_LONG_RUN = 16 << 10
+"""Bytes of a row's columns from which on they are read by themselves."""
+_BLOCK = 8 << 20
+"""Bytes of whole rows that are read at a time otherwise."""
 _COMPUTED = re.compile(r".*\.rotary_emb\.inv_freq")
 """Tensors in old checkpoints that follow from the config."""
 
 
-def span_bytes(folder: ModelFolder, span: Span, dtype: torch.dtype | str) -> int:
-    """Bytes that the weights of `span` occupy; needs the config only, no weight file."""
+def span_bytes(
+    folder: ModelFolder, span: Span, dtype: torch.dtype | str, part: Part | None = None
+) -> int:
+    """Bytes that the weights of `span`, or a `part` of it, occupy; needs the config alone."""
     width = DTYPES[dtype] if isinstance(dtype, str) else dtype.itemsize
-    elements = sum(math.prod(shape) for shape in span_shapes(folder.config, span).values())
-    return elements * width
+    return width * sum(one.elements for one in part_slices(folder.config, span, part).values())
 
 
 def load_span(
@@ -56,18 +70,19 @@ def load_span(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
+    part: Part | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The tensors of `span` by their Hugging Face names.
+    """The tensors of `span` by their Hugging Face names, or of each what `part` has of it.
 
     The tail of a model with tied embeddings gets `model.embed_tokens.weight`, as the checkpoint
     names it. Raises UsageError, OutOfMemory or a ModelError.
     """
     progress = progress or Quiet()
     device = torch.device(device)
-    shapes = span_shapes(folder.config, span)
+    slices = part_slices(folder.config, span, part)
     files = span_files(folder, span)
-    _refuse_unknown(folder, span, shapes)
-    needed, free = span_bytes(folder, span, dtype), free_bytes(device)
+    _refuse_unknown(folder, span)
+    needed, free = span_bytes(folder, span, dtype, part), free_bytes(device)
     if needed > free:
         raise _out_of_memory(span, needed, device, f"{free / 1e9:.1f} GB are free")
     cache = HashCache(folder.home)
@@ -77,8 +92,8 @@ def load_span(
             for name, wanted in sorted(files.items()):
                 cache.require(folder.file(name), folder.files[name], progress)
                 read = _reader(folder, name)
-                for tensor in wanted:
-                    value = read(tensor, shapes[tensor]).to(device=device, dtype=dtype)
+                for tensor in (one for one in wanted if one in slices):
+                    value = read(tensor, slices[tensor]).to(device=device, dtype=dtype)
                     tensors[tensor] = value
                     advance(value.nbytes)
                 cache.require(folder.file(name), folder.files[name], progress)
@@ -98,10 +113,12 @@ def _reader(folder: ModelFolder, name: str) -> Read:
     path = folder.file(name)
     header = check_safetensors(path)
 
-    def read(tensor: str, shape: Shape) -> torch.Tensor:
+    def read(tensor: str, wanted: Slice) -> torch.Tensor:
         if tensor not in header:
             raise CorruptWeights(f"{path} has no tensor {tensor}")
-        return _read_tensor(path, tensor, _expect(path, tensor, header[tensor], shape))
+        return _read_tensor(
+            path, tensor, _expect(path, tensor, header[tensor], wanted.whole), wanted
+        )
 
     return read
 
@@ -116,34 +133,66 @@ def _expect(path: Path, name: str, info: TensorInfo, shape: Shape) -> TensorInfo
     return info
 
 
-def _read_tensor(path: Path, name: str, info: TensorInfo) -> torch.Tensor:
-    """Fill a new tensor with the file's bytes."""
-    tensor = torch.empty(info.shape, dtype=_DTYPES[info.dtype])
-    buffer = tensor.view(-1).view(torch.uint8).numpy().data
+def _read_tensor(path: Path, name: str, info: TensorInfo, wanted: Slice) -> torch.Tensor:
+    """Fill a new tensor with the file's bytes of what is `wanted`."""
+    dtype = _DTYPES[info.dtype]
+    row = math.prod(info.shape[1:]) * dtype.itemsize
+    start = info.start + wanted.rows.start * row
     with path.open("rb", buffering=0) as file:
-        file.seek(info.start)
-        while buffer:
-            count = file.readinto(buffer)
-            if not count:
-                raise CorruptWeights(f"{path} ends within {name}", remedy="fetch it again")
-            buffer = buffer[count:]
+        if wanted.columns is None:
+            tensor = torch.empty(wanted.shape, dtype=dtype)
+            _fill(file, start, tensor, name)
+            return tensor
+        return _read_columns(file, start, row, wanted, dtype, name)
+
+
+def _read_columns(
+    file: FileIO, start: int, row: int, wanted: Slice, dtype: torch.dtype, name: str
+) -> torch.Tensor:
+    """A run of each row from `start` on; rows have `row` bytes."""
+    columns, tensor = wanted.columns, torch.empty(wanted.shape, dtype=dtype)
+    assert columns is not None
+    if len(columns) * dtype.itemsize >= _LONG_RUN:
+        for index, own in enumerate(tensor):
+            _fill(file, start + index * row + columns.start * dtype.itemsize, own, name)
+        return tensor
+    whole = torch.empty(max(_BLOCK // row, 1), wanted.whole[1], dtype=dtype)
+    for first in range(0, len(tensor), len(whole)):
+        own = tensor[first : first + len(whole)]
+        _fill(file, start + first * row, whole[: len(own)], name)
+        own.copy_(whole[: len(own), columns.start : columns.stop])
     return tensor
+
+
+def _fill(file: FileIO, start: int, tensor: torch.Tensor, name: str) -> None:
+    """Fill a contiguous tensor with the bytes from `start` on."""
+    buffer = tensor.view(-1).view(torch.uint8).numpy().data
+    file.seek(start)
+    while buffer:
+        count = file.readinto(buffer)
+        if not count:
+            raise CorruptWeights(f"{file.name} ends within {name}", remedy="fetch it again")
+        buffer = buffer[count:]
 
 
 def _gguf_reader(path: Path) -> Read:
     header = read_gguf(path)
     named = header.hf_tensors()
 
-    def read(tensor: str, shape: Shape) -> torch.Tensor:
-        if named[tensor].shape != shape:
-            raise _misshapen(path, tensor, named[tensor].shape, shape)
-        return torch.from_numpy(header.array(named[tensor]))
+    def read(tensor: str, wanted: Slice) -> torch.Tensor:
+        if named[tensor].shape != wanted.whole:
+            raise _misshapen(path, tensor, named[tensor].shape, wanted.whole)
+        rows = torch.from_numpy(header.array(named[tensor], wanted.rows))
+        if wanted.columns is None:
+            return rows
+        return rows[:, wanted.columns.start : wanted.columns.stop].contiguous()
 
     return read
 
 
-def _refuse_unknown(folder: ModelFolder, span: Span, shapes: dict[str, Shape]) -> None:
+def _refuse_unknown(folder: ModelFolder, span: Span) -> None:
     """Raise if a layer has a tensor that the model code would silently leave out."""
+    shapes = span_shapes(folder.config, span)
     for name in folder.tensors:
         match = re.match(r"model\.layers\.(\d{1,6})\.", name)
         if match and int(match[1]) in span and name not in shapes and not _COMPUTED.match(name):

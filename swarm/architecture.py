@@ -10,9 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 from hexswarm.errors import CorruptWeights, UnsupportedModel, UsageError
+from hexswarm.experts import MIXTURES, read_experts
 from hexswarm.records import ModelSpec, Span
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+DENSE = ("llama", "mistral", "qwen2", "qwen3")
+ARCHITECTURES = (*DENSE, *MIXTURES)
 """`model_type` of the families that peers compute."""
 
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -28,6 +30,9 @@ _SIZES = {
     "head_dim": 1 << 14,
 }
 """Fields that every config has once normalised, with the largest value that makes sense."""
+
+_KV_HEADS = {"mixtral": 8, "qwen3_moe": 4}
+"""What these families assume if the field is absent."""
 
 _EXTRAS = (
     "hidden_act", "rms_norm_eps", "attention_bias", "mlp_bias", "tie_word_embeddings",
@@ -57,6 +62,7 @@ def check_config(config: Any, source: str) -> dict[str, Any]:
             raise CorruptWeights(f"{name} = {str(value)[:40]} in the config.json of {source}")
     if sizes["num_attention_heads"] % sizes["num_key_value_heads"]:
         raise CorruptWeights(f"{source} has key-value heads that do not divide its heads")
+    read_experts(config, sizes["num_hidden_layers"])
     return config
 
 
@@ -81,59 +87,88 @@ def numerics(config: dict[str, Any]) -> dict[str, Any]:
     if not config.get("sliding_window") or config.get("use_sliding_window") is False:
         for name in ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"):
             extras.pop(name, None)
+    sizes = _sizes(config)
+    experts = read_experts(config, sizes["num_hidden_layers"])
     return {
         "model_type": config["model_type"],
-        **_sizes(config),
+        **sizes,
         **extras,
+        **({} if experts is None else {"experts": experts.numerics()}),
         "rope": _rope(config),
     }
 
 
 def span_shapes(config: dict[str, Any], span: Span) -> dict[str, tuple[int, ...]]:
-    """Name and shape of each tensor that a peer of `span` needs, by the config alone.
+    """Name and shape of each tensor that a peer of `span` needs, by the config alone."""
+    layers = _sizes(config)["num_hidden_layers"]
+    if span.end > layers:
+        raise UsageError(f"span {span} reaches beyond the model's {layers} layers")
+    shapes = end_shapes(config, span)
+    for layer in range(span.first, span.end):
+        shapes |= layer_shapes(config, layer)
+    return shapes
+
+
+def end_shapes(config: dict[str, Any], span: Span) -> dict[str, tuple[int, ...]]:
+    """Those of them that belong to no layer.
 
     The head's holder needs the embedding, the tail's the last norm and the LM head; with tied
     embeddings the latter is the embedding, under the name that it has in the checkpoint.
     """
     sizes = _sizes(config)
-    if span.end > sizes["num_hidden_layers"]:
-        raise UsageError(
-            f"span {span} reaches beyond the model's {sizes['num_hidden_layers']} layers"
-        )
     words = (sizes["vocab_size"], sizes["hidden_size"])
     shapes: dict[str, tuple[int, ...]] = {}
     if span.first == 0:
         shapes[EMBEDDING] = words
-    for layer in range(span.first, span.end):
-        for name, shape in _layer_shapes(config, sizes).items():
-            shapes[f"model.layers.{layer}.{name}"] = shape
     if span.end == sizes["num_hidden_layers"]:
         shapes["model.norm.weight"] = words[1:]
         shapes[EMBEDDING if config.get("tie_word_embeddings") else LM_HEAD] = words
     return shapes
 
 
-def _layer_shapes(config: dict[str, Any], sizes: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The tensors of one layer, without the `model.layers.N.` before their names."""
+def layer_shapes(config: dict[str, Any], layer: int) -> dict[str, tuple[int, ...]]:
+    """Those of one layer."""
+    sizes = _sizes(config)
+    experts = read_experts(config, sizes["num_hidden_layers"])
+    if experts is not None and experts.layers[layer]:
+        mlp = experts.shapes(sizes["hidden_size"])
+    else:
+        mlp = _mlp_shapes(config, sizes)
+    shapes = {**_common_shapes(config, sizes), **mlp}
+    return {f"model.layers.{layer}.{name}": shape for name, shape in shapes.items()}
+
+
+def _common_shapes(config: dict[str, Any], sizes: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """What layers have beside their MLP, without the `model.layers.N.` before the names."""
     family, head_dim, hidden = config["model_type"], sizes["head_dim"], sizes["hidden_size"]
     queries = sizes["num_attention_heads"] * head_dim
-    keys, inner = sizes["num_key_value_heads"] * head_dim, sizes["intermediate_size"]
+    keys = sizes["num_key_value_heads"] * head_dim
     attention = {"q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden)}
     attention["o"] = (hidden, queries)
-    mlp = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
     shapes: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (hidden,),
         "post_attention_layernorm.weight": (hidden,),
         **{f"self_attn.{name}_proj.weight": shape for name, shape in attention.items()},
-        **{f"mlp.{name}_proj.weight": shape for name, shape in mlp.items()},
     }
-    biased = "qkvo" if family in ("llama", "qwen3") and config.get("attention_bias") else ""
+    biased = (
+        "qkvo" if family in ("llama", "qwen3", "qwen3_moe") and config.get("attention_bias") else ""
+    )
     for name in "qkv" if family == "qwen2" else biased:
         shapes[f"self_attn.{name}_proj.bias"] = attention[name][:1]
-    if family == "llama" and config.get("mlp_bias"):
-        shapes.update({f"mlp.{name}_proj.bias": shape[:1] for name, shape in mlp.items()})
-    if family == "qwen3":
+    if family in ("qwen3", "qwen3_moe"):
         shapes |= {f"self_attn.{name}_norm.weight": (head_dim,) for name in "qk"}
+    return shapes
+
+
+def _mlp_shapes(config: dict[str, Any], sizes: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The MLP of a layer that is no mixture, likewise."""
+    inner, hidden = sizes["intermediate_size"], sizes["hidden_size"]
+    mlp = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+    shapes: dict[str, tuple[int, ...]] = {
+        f"mlp.{name}_proj.weight": shape for name, shape in mlp.items()
+    }
+    if config["model_type"] == "llama" and config.get("mlp_bias"):
+        shapes.update({f"mlp.{name}_proj.bias": shape[:1] for name, shape in mlp.items()})
     return shapes
 
 
@@ -141,6 +176,8 @@ def _sizes(config: dict[str, Any]) -> dict[str, Any]:
     """The whole-numbered fields, the two optional ones derived."""
     sizes = {name: config.get(name) for name in _SIZES}
     heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
+    if "num_key_value_heads" not in config and config.get("model_type") in _KV_HEADS:
+        sizes["num_key_value_heads"] = _KV_HEADS[config["model_type"]]
     if sizes["num_key_value_heads"] is None:
         sizes["num_key_value_heads"] = heads
     if sizes["head_dim"] is None and config.get("model_type") == "qwen3":
@@ -157,5 +194,6 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     if "type" in rope:
         rope.setdefault("rope_type", rope.pop("type"))
     rope.setdefault("rope_type", "default")
-    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    default = 1e6 if config.get("model_type") == "mixtral" else 10_000.0
+    rope.setdefault("rope_theta", config.get("rope_theta", default))
     return {key: float(v) if type(v) is int else v for key, v in rope.items()}

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hexswarm.architecture import ARCHITECTURES
+from hexswarm.architecture import DENSE
 from hexswarm.errors import CorruptWeights, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -97,29 +97,36 @@ class GgufFile:
                 named[_hf_name(self.path, tensor.name)] = tensor
         return named
 
-    def array(self, tensor: GgufTensor) -> np.ndarray:
-        """The tensor as float32 in Hugging Face's layout (read and dequantised now)."""
+    def array(self, tensor: GgufTensor, rows: range | None = None) -> np.ndarray:
+        """The tensor as float32 in Hugging Face's layout (read and dequantised now).
+
+        With `rows` those alone are read; of projections to heads they are whole heads.
+        """
         import numpy as np
         from gguf.constants import GGMLQuantizationType
         from gguf.quants import dequantize
 
-        kind = GGMLQuantizationType(tensor.kind)
+        kind, all_rows = GGMLQuantizationType(tensor.kind), tensor.shape[0]
+        rows = range(all_rows) if rows is None else rows
+        size = tensor.end - tensor.start
+        first, wanted = (size * count // all_rows for count in (rows.start, len(rows)))
         with self.path.open("rb") as file:
-            file.seek(tensor.start)
-            raw = np.fromfile(file, np.uint8, tensor.end - tensor.start)
-        if raw.size != tensor.end - tensor.start:
+            file.seek(tensor.start + first)
+            raw = np.fromfile(file, np.uint8, wanted)
+        if raw.size != wanted:
             raise corrupt(self.path, f"{tensor.name} is cut off")
+        shape = (len(rows), *tensor.shape[1:])
         try:
-            flat = dequantize(raw.reshape(math.prod(tensor.shape[:-1]), -1), kind)
+            flat = dequantize(raw.reshape(math.prod(shape[:-1]), -1), kind)
         except NotImplementedError:
             raise UnsupportedModel(
                 f"{self.path.name} stores {tensor.name} as {kind.name}, which we cannot read",
                 remedy="use a file quantised as Q4_0, Q4_K, Q5_K, Q6_K, Q8_0, F16 or BF16",
             ) from None
-        array = flat.reshape(tensor.shape)
+        array = flat.reshape(shape)
         if heads := self._interleaved_heads(tensor.name):
-            pairs = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
-            array = pairs.swapaxes(1, 2).reshape(tensor.shape)
+            pairs = array.reshape(-1, all_rows // heads // 2, 2, *shape[1:])
+            array = pairs.swapaxes(1, 2).reshape(shape)
         return np.ascontiguousarray(array, dtype="<f4")
 
     def _interleaved_heads(self, name: str) -> int:
@@ -258,7 +265,7 @@ def _hf_name(path: Path, name: str) -> str:
             return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.{suffix}"
     raise UnsupportedModel(
         f"{path.name} has a tensor {name[:80]!r} that we do not serve",
-        remedy=f"dense models of {', '.join(ARCHITECTURES)} are served",
+        remedy=f"dense models of {', '.join(DENSE)} are served",
     )
 
 

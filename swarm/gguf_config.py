@@ -12,7 +12,7 @@ import math
 import struct
 from typing import Any
 
-from hexswarm.architecture import ARCHITECTURES
+from hexswarm.architecture import DENSE
 from hexswarm.errors import ModelError, UnsupportedModel
 from hexswarm.gguf import GgufFile, GgufTensor, corrupt
 
@@ -20,9 +20,9 @@ from hexswarm.gguf import GgufFile, GgufTensor, corrupt
 def gguf_config(file: GgufFile) -> dict[str, Any]:
     """A Hugging Face config.json for the model in `file`."""
     family, meta = file.architecture, file.metadata
-    if family not in ARCHITECTURES:
+    if family not in DENSE:
         raise UnsupportedModel(
-            f"{file.path.name} holds a {family} model", remedy=f"use {', '.join(ARCHITECTURES)}"
+            f"{file.path.name} holds a {family} model", remedy=f"use {', '.join(DENSE)}"
         )
     if meta.get("split.count", 1) not in (0, 1):
         raise UnsupportedModel(

@@ -12,11 +12,14 @@ WIDTH = 48
 
 def swarm_table(spec: ModelSpec, view: Snapshot, missing: Sequence[Span]) -> str:
     """One row a peer with its span as a bar, and how often each layer is held."""
+    head = (
+        f"{'peer':8}  {'layers':>7}  {'state':8} {'device':7} {'dtype':8} "
+        f"{'ms/token':>8} {'queue ms':>8} {'busy':>4} {'free KV':>8}  "
+    )
     rows = [
         f"{spec.name}: {spec.layers} layers, context {spec.context}, digest {spec.digest[:12]}",
         "",
-        f"{'peer':8}  {'layers':>7}  {'state':8} {'device':7} {'dtype':8} "
-        f"{'ms/token':>8} {'free KV':>8}  0{' ' * (WIDTH - 2)}{spec.layers}",
+        f"{head}0{' ' * (WIDTH - 2)}{spec.layers}",
     ]
     peers = [item for item in view.announcements if item.model == spec.digest]
     for item in sorted(peers, key=lambda a: (a.span, a.peer)):
@@ -24,9 +27,10 @@ def swarm_table(spec: ModelSpec, view: Snapshot, missing: Sequence[Span]) -> str
         step_ms = (item.speed.decode_layer_s * len(item.span) + head_s) * 1e3
         rows.append(
             f"{item.peer[-8:]}  {item.span!s:>7}  {item.state:8} {item.device:7} {item.dtype:8} "
-            f"{step_ms:8.1f} {item.free_kv_tokens:8d}  {_bar(item.span, spec.layers)}"
+            f"{step_ms:8.1f} {item.queue_s * 1e3:8.1f} {item.busy:4.0%} "
+            f"{item.free_kv_tokens:8d}  {_bar(item.span, spec.layers)}"
         )
-    rows.append(f"{'':62}{_counts(view.coverage(spec.digest), spec.layers)}")
+    rows.append(f"{' ' * len(head)}{_counts(view.coverage(spec.digest), spec.layers)}")
     if missing:
         text = ", ".join(f"{span.first}-{span.end - 1}" for span in missing)
         rows.append(f"\nno peer serves layers {text}: the model cannot answer")

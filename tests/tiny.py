@@ -13,6 +13,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+MIXTURES = ("mixtral", "qwen3_moe")
 LAYERS = 3
 WORDS = ["<end>", "<start>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġa", "th"]
 TEMPLATE = (
@@ -39,6 +40,27 @@ def model(family: str, *, tied: bool = False, **changes: Any) -> transformers.Pr
     for parameter in built.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return built
+
+
+def checkpoint(built: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The tensors of `built` as its checkpoint names them: experts one by one."""
+    mixtral = built.config.model_type == "mixtral"
+    block = "block_sparse_moe" if mixtral else "mlp"
+    gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    found = {}
+    for name, tensor in built.state_dict().items():
+        layer, experts, kind = name.partition(".mlp.experts.")
+        if not experts:
+            found[name.replace(".mlp.gate.", f".{block}.gate.")] = tensor.detach()
+            continue
+        for number, expert in enumerate(tensor.detach()):
+            prefix = f"{layer}.{block}.experts.{number}"
+            if kind == "gate_up_proj":
+                first, second = expert.chunk(2)
+                found |= {f"{prefix}.{gate}.weight": first, f"{prefix}.{up}.weight": second}
+            else:
+                found[f"{prefix}.{down}.weight"] = expert
+    return found
 
 
 def save_folder(folder: Path, built: transformers.PreTrainedModel, shard: str = "20KB") -> Path:

@@ -1,15 +1,18 @@
 """What a config.json says about a decoder, as one frozen record without defaults left to guess.
 
-The four families served (Llama, Mistral, Qwen2, Qwen3) are one network with switches: biases, a
-norm on queries and keys, a sliding window on some layers. Reading follows transformers 5.23 to the
-letter, because a peer that reads a switch otherwise computes plausible nonsense that nobody
-notices; what we do not compute is refused here, before any weight is read.
+The families served (Llama, Mistral, Qwen2, Qwen3, Mixtral, Qwen3-MoE) are one network with
+switches: biases, a norm on queries and keys, a sliding window on some layers, experts. Reading
+follows transformers 5.23 to the letter, because a peer that reads a switch otherwise computes
+plausible nonsense that nobody notices; what we do not compute is refused here, before any weight is
+read.
 
 - Llama knows `attention_bias` (all four projections) and `mlp_bias`, and no window.
 - Mistral applies `sliding_window`, if set, to every layer.
 - Qwen2 has biases on q, k and v; Qwen3 norms q and k per head, and has `attention_bias`. Both
   window a layer if `use_sliding_window` and its `layer_types` entry is "sliding_attention", by
   default the layers from `max_window_layers` on.
+- Mixtral is Mistral with experts (`hexswarm.experts`), Qwen3-MoE is Qwen3 with them; both know one
+  window for all layers, and no `layer_types`.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hexswarm.errors import UnsupportedModel
+from hexswarm.experts import MIXTURES, Experts, read_experts
+from hexswarm.peer.cuts import Part
 from hexswarm.peer.models.rope import Rope, read_rope
 
 
@@ -47,6 +52,16 @@ class Architecture:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    experts: Experts | None = None
+    """The mixtures that some layers or all have instead of one MLP."""
+
+    @property
+    def whole(self) -> Part:
+        """The part of a rank that is alone."""
+        experts, width = (self.experts.count, self.experts.width) if self.experts else (0, 0)
+        heads, kv_heads = range(self.heads), range(self.kv_heads)
+        inner, words = range(self.intermediate), range(self.vocabulary)
+        return Part(0, 1, heads, kv_heads, inner, words, range(experts), range(width))
 
     def __post_init__(self) -> None:
         sizes = (self.layers, self.hidden, self.intermediate, self.heads, self.kv_heads)
@@ -67,12 +82,19 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {"max_position_embeddings": 131_072, "kv_heads": 8},
     "qwen2": {"max_position_embeddings": 32_768, "kv_heads": 32},
     "qwen3": {"max_position_embeddings": 32_768, "kv_heads": 32, "head_dim": 128},
+    "mixtral": {
+        "max_position_embeddings": 131_072,
+        "kv_heads": 8,
+        "rope_theta": 1e6,
+        "rms_norm_eps": 1e-5,
+    },
+    "qwen3_moe": {"max_position_embeddings": 32_768, "kv_heads": 4},
 }
 """What transformers assumes for a key that a configuration lacks, where families differ."""
 
 
 def read_architecture(config: Mapping[str, Any]) -> Architecture:
-    """Read the config.json of a Llama, Mistral, Qwen2 or Qwen3 model."""
+    """Read the config.json of a model of the families above."""
     family = config.get("model_type")
     if family not in _DEFAULTS:
         raise UnsupportedModel(
@@ -84,8 +106,9 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
     layers = _integer(config, "num_hidden_layers")
     kv_heads = config.get("num_key_value_heads", defaults.get("kv_heads")) or heads
     head_dim = config.get("head_dim", defaults.get("head_dim")) or hidden // heads
-    rope = read_rope({"max_position_embeddings": defaults["max_position_embeddings"], **config})
-    attention_bias = family in ("llama", "qwen3") and bool(config.get("attention_bias", False))
+    rope = read_rope({**_rope_defaults(defaults), **config})
+    biased = family in ("llama", "qwen3", "qwen3_moe")
+    attention_bias = biased and bool(config.get("attention_bias", False))
     return Architecture(
         family=family,
         layers=layers,
@@ -96,15 +119,22 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
         head_dim=int(head_dim),
         vocabulary=_integer(config, "vocab_size"),
         context=_context(config, rope, defaults["max_position_embeddings"]),
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        norm_eps=float(config.get("rms_norm_eps", defaults.get("rms_norm_eps", 1e-6))),
         rope=rope,
         windows=_windows(config, family, layers),
         tied=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=attention_bias or family == "qwen2",
         o_bias=attention_bias,
         mlp_bias=family == "llama" and bool(config.get("mlp_bias", False)),
-        qk_norm=family == "qwen3",
+        qk_norm=family in ("qwen3", "qwen3_moe"),
+        experts=read_experts(config, layers),
     )
+
+
+def _rope_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: defaults[key] for key in ("max_position_embeddings", "rope_theta") if key in defaults
+    }
 
 
 def _integer(config: Mapping[str, Any], name: str) -> int:
@@ -139,7 +169,10 @@ def _windows(config: Mapping[str, Any], family: str, layers: int) -> tuple[int |
     """The sliding window of each layer."""
     if family == "llama":
         return (None,) * layers
-    window = config.get("sliding_window", 4096)
+    window = config.get("sliding_window", None if family == "mixtral" else 4096)
+    if family in MIXTURES:
+        slides = family == "mixtral" or config.get("use_sliding_window", False)
+        return (window if slides else None,) * layers
     types = config.get("layer_types")
     if family == "mistral":
         if types and set(types) != {"full_attention" if window is None else "sliding_attention"}:

@@ -8,12 +8,14 @@ bits goes tensor by tensor, too.
 from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hexswarm.errors import CorruptWeights
 from hexswarm.kernels.quantise import Quantised, dequantise, join, quantise
+from hexswarm.peer.cuts import Part, attention_runs
 from hexswarm.peer.models.architecture import Architecture
 from hexswarm.peer.models.layers import DecoderLayer
 
@@ -22,7 +24,8 @@ class Source:
     """The tensors of a checkpoint, taken out one by one, checked and moved to their place.
 
     `by_rows`: matrices lie `[out, in]` in memory, as Triton's products read them. `bits` below 16
-    rounds the layers' matrices; they are kept so `by_rows`, and widened again otherwise.
+    rounds the layers' matrices; they are kept so `by_rows`, and widened again otherwise. Of each
+    tensor the caller has what belongs to `part` (see `hexswarm.peer.slices`).
     """
 
     def __init__(
@@ -33,9 +36,10 @@ class Source:
         *,
         by_rows: bool = False,
         bits: int = 16,
+        part: Part,
     ) -> None:
         self.tensors, self.dtype, self.device = tensors, dtype, device
-        self.by_rows, self.bits = by_rows, bits
+        self.by_rows, self.bits, self.part = by_rows, bits, part
 
     def take(self, name: str, *shape: int) -> Tensor:
         """A tensor in the shard's dtype, on its device, owned by us."""
@@ -90,55 +94,75 @@ class Source:
         return tensor
 
 
-def layer_tensors(a: Architecture, index: int) -> tuple[str, ...]:
-    """Names of the tensors that `build_layer` takes."""
+def attention_tensors(a: Architecture) -> list[str]:
+    """Names of the tensors that `attention` takes, without the name of their layer."""
     attention = [f"{kind}_proj.weight" for kind in "qkvo"]
     attention += [f"{kind}_proj.bias" for kind in "qkv"] if a.qkv_bias else []
     attention += ["o_proj.bias"] if a.o_bias else []
     attention += ["q_norm.weight", "k_norm.weight"] if a.qk_norm else []
-    ends = ("weight", "bias") if a.mlp_bias else ("weight",)
-    mlp = [f"{kind}_proj.{end}" for kind in ("gate", "up", "down") for end in ends]
     names = ["input_layernorm.weight", "post_attention_layernorm.weight"]
-    names += [f"self_attn.{name}" for name in attention] + [f"mlp.{name}" for name in mlp]
+    return names + [f"self_attn.{name}" for name in attention]
+
+
+def layer_tensors(a: Architecture, index: int) -> tuple[str, ...]:
+    """Names of the tensors that `build_layer` takes."""
+    ends = ("weight", "bias") if a.mlp_bias else ("weight",)
+    mlp = [f"mlp.{kind}_proj.{end}" for kind in ("gate", "up", "down") for end in ends]
+    names = [*attention_tensors(a), *mlp]
     return tuple(f"model.layers.{index}.{name}" for name in names)
+
+
+def attention(a: Architecture, index: int, source: Source) -> dict[str, Any]:
+    """The fields of an `AttendingLayer`, from the tensors of layer `index`."""
+    prefix = f"model.layers.{index}"
+    name = f"{prefix}.self_attn"
+    part = source.part
+    heads, kv_heads = len(part.heads), len(part.kv_heads)
+    q, kv = heads * a.head_dim, kv_heads * a.head_dim
+    qkv = ((f"{name}.q_proj", q), (f"{name}.k_proj", kv), (f"{name}.v_proj", kv))
+    o = ((f"{name}.o_proj", a.hidden),)
+    return {
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "runs": attention_runs(part.heads, a.heads // a.kv_heads),
+        "head_dim": a.head_dim,
+        "eps": a.norm_eps,
+        "window": a.windows[index],
+        "input_norm": source.take(f"{prefix}.input_layernorm.weight", a.hidden),
+        "qkv": _matrix(source, qkv, a.hidden),
+        "qkv_bias": _bias(source, qkv, a.qkv_bias),
+        "qk_norm": _qk_norm(a.head_dim, name, source) if a.qk_norm else None,
+        "o": _matrix(source, o, q),
+        "o_bias": _bias(source, o, a.o_bias and part.rank == 0),
+        "post_norm": source.take(f"{prefix}.post_attention_layernorm.weight", a.hidden),
+    }
 
 
 def build_layer(a: Architecture, index: int, source: Source) -> DecoderLayer:
     """Fuse the tensors of layer `index`."""
-    prefix = f"model.layers.{index}"
-    attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-    q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
-    qkv = ((f"{attention}.q_proj", q), (f"{attention}.k_proj", kv), (f"{attention}.v_proj", kv))
-    gate_up = ((f"{mlp}.gate_proj", a.intermediate), (f"{mlp}.up_proj", a.intermediate))
-    o, down = ((f"{attention}.o_proj", a.hidden),), ((f"{mlp}.down_proj", a.hidden),)
-
-    def matrix(parts: Sequence[tuple[str, int]], inputs: int) -> Tensor | Quantised:
-        return source.take_rounded([(f"{name}.weight", n) for name, n in parts], inputs)
-
-    def bias(parts: Sequence[tuple[str, int]], present: bool) -> Tensor | None:
-        return source.take_joined([(f"{name}.bias", n) for name, n in parts]) if present else None
-
+    mlp = f"model.layers.{index}.mlp"
+    columns = len(source.part.columns)
+    gate_up = ((f"{mlp}.gate_proj", columns), (f"{mlp}.up_proj", columns))
+    down = ((f"{mlp}.down_proj", a.hidden),)
     return DecoderLayer(
-        heads=a.heads,
-        kv_heads=a.kv_heads,
-        head_dim=a.head_dim,
-        eps=a.norm_eps,
-        window=a.windows[index],
-        input_norm=source.take(f"{prefix}.input_layernorm.weight", a.hidden),
-        qkv=matrix(qkv, a.hidden),
-        qkv_bias=bias(qkv, a.qkv_bias),
-        qk_norm=_qk_norm(a, attention, source) if a.qk_norm else None,
-        o=matrix(o, q),
-        o_bias=bias(o, a.o_bias),
-        post_norm=source.take(f"{prefix}.post_attention_layernorm.weight", a.hidden),
-        gate_up=matrix(gate_up, a.hidden),
-        gate_up_bias=bias(gate_up, a.mlp_bias),
-        down=matrix(down, a.intermediate),
-        down_bias=bias(down, a.mlp_bias),
+        **attention(a, index, source),
+        gate_up=_matrix(source, gate_up, a.hidden),
+        gate_up_bias=_bias(source, gate_up, a.mlp_bias),
+        down=_matrix(source, down, columns),
+        down_bias=_bias(source, down, a.mlp_bias and source.part.rank == 0),
     )
 
 
-def _qk_norm(a: Architecture, attention: str, source: Source) -> Tensor:
-    q = source.take(f"{attention}.q_norm.weight", a.head_dim).expand(a.heads, -1)
-    k = source.take(f"{attention}.k_norm.weight", a.head_dim).expand(a.kv_heads, -1)
+def _matrix(source: Source, parts: Sequence[tuple[str, int]], inputs: int) -> Tensor | Quantised:
+    return source.take_rounded([(f"{name}.weight", n) for name, n in parts], inputs)
+
+
+def _bias(source: Source, parts: Sequence[tuple[str, int]], present: bool) -> Tensor | None:
+    return source.take_joined([(f"{name}.bias", n) for name, n in parts]) if present else None
+
+
+def _qk_norm(head_dim: int, attention: str, source: Source) -> Tensor:
+    part = source.part
+    q = source.take(f"{attention}.q_norm.weight", head_dim).expand(len(part.heads), -1)
+    k = source.take(f"{attention}.k_norm.weight", head_dim).expand(len(part.kv_heads), -1)
     return torch.cat((q, k))

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from hexswarm.errors import UnsupportedModel
-from hexswarm.peer.models import llama
+from hexswarm.peer.models import experts, llama
 from hexswarm.peer.models.architecture import Architecture, read_architecture
-from hexswarm.peer.models.layers import DecoderLayer
+from hexswarm.peer.models.layers import AttendingLayer
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,16 +19,19 @@ class Family:
     read: Callable[[Mapping[str, Any]], Architecture]
     tensors: Callable[[Architecture, int], tuple[str, ...]]
     """Names of a layer's tensors in the checkpoint."""
-    build: Callable[[Architecture, int, llama.Source], DecoderLayer]
+    build: Callable[[Architecture, int, llama.Source], AttendingLayer]
 
 
 _LLAMA = Family(read_architecture, llama.layer_tensors, llama.build_layer)
+_MIXTURE = Family(read_architecture, experts.layer_tensors, experts.build_layer)
 
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "mixtral": _MIXTURE,
+    "qwen3_moe": _MIXTURE,
 }
 
 

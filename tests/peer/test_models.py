@@ -13,10 +13,14 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from hexswarm.errors import CorruptWeights, UnsupportedModel
@@ -26,6 +30,7 @@ from hexswarm.peer.runner import Runner
 from hexswarm.peer.shard import Shard, required_tensors
 from hexswarm.peer.steps import Batch, Row, TailPolicy
 from hexswarm.records import Sampling, Span
+from tests.tiny import checkpoint
 
 torch.set_num_threads(1)
 VOCABULARY, LAYERS, BLOCK = 61, 4, 4
@@ -56,6 +61,7 @@ LLAMA3 = rope(
     original_max_position_embeddings=24,
 )
 YARN = rope("yarn", factor=4.0, original_max_position_embeddings=24)
+EXPERTS = {"head_dim": 8, "moe_intermediate_size": 12, "attention_bias": True}
 MODELS = {
     "llama": (LlamaForCausalLM, LlamaConfig, {}),
     "llama-tied-llama3": (
@@ -90,8 +96,31 @@ MODELS = {
             "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2),
         },
     ),
+    "mixtral": (MixtralForCausalLM, MixtralConfig, {"num_local_experts": 5, "sliding_window": 9}),
+    "qwen3-moe": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig,
+        {**EXPERTS, "num_experts": 7, "num_experts_per_tok": 3, "mlp_only_layers": [1]},
+    ),
+    "qwen3-moe-normalised": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig,
+        {**EXPERTS, "num_experts": 4, "num_experts_per_tok": 4, "norm_topk_prob": True},
+    ),
+    "qwen3-moe-every-second": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig,
+        {
+            **EXPERTS,
+            "num_experts": 4,
+            "num_experts_per_tok": 1,
+            "decoder_sparse_step": 2,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+        },
+    ),
 }
-FAMILIES = ("llama", "mistral-window", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral-window", "qwen2", "qwen3", "mixtral", "qwen3-moe")
 _CACHE = {}
 
 
@@ -137,8 +166,7 @@ class Pipeline:
         self.stages = spans or [Span(a, b) for a, b in itertools.pairwise(ends)]
         self.runners = []
         for span in self.stages:
-            tensors = {key: value.detach() for key, value in model.state_dict().items()}
-            shard = Shard(config, span, LAYERS, tensors, dtype, device)
+            shard = Shard(config, span, LAYERS, checkpoint(model), dtype, device)
             pool = shard.make_pool(blocks, BLOCK)
             pool.data.fill_(float("nan"))
             self.runners.append(Runner(shard, pool))
@@ -330,10 +358,11 @@ def test_a_shard_takes_exactly_the_tensors_that_it_names(name):
     config = architecture(model.config.to_dict())
     for span in (Span(0, 1), Span(1, 3), Span(2, LAYERS), Span(0, LAYERS)):
         names = required_tensors(config, span)
-        tensors = {key: model.state_dict()[key].clone() for key in names}
+        stored = checkpoint(model)
+        tensors = {key: stored[key].clone() for key in names}
         shard = Shard(config, span, LAYERS, tensors)
         assert not tensors
-        assert shard.weight_bytes == sum(model.state_dict()[key].nbytes for key in names) + (
+        assert shard.weight_bytes == sum(stored[key].nbytes for key in names) + (
             _expanded_norm_bytes(config, span)
         )
 
@@ -363,7 +392,13 @@ CONFIG = {**SMALL, "model_type": "llama", "hidden_act": "silu"}
 @pytest.mark.parametrize(
     "change",
     [
-        {"model_type": "mixtral"},
+        {"model_type": "phi3"},
+        {"model_type": "mixtral", "num_local_experts": 0},
+        {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 3},
+        {"model_type": "mixtral", "num_local_experts": 8, "num_experts": 9},
+        {"model_type": "qwen3_moe", "moe_intermediate_size": None},
+        {"model_type": "qwen3_moe", "decoder_sparse_step": 0},
+        {"model_type": "qwen3_moe", "mlp_only_layers": [True]},
         {"model_type": None},
         {"hidden_act": "gelu"},
         {"partial_rotary_factor": 0.5},

@@ -1,10 +1,11 @@
-"""The layers in C give what the layers in PyTorch give, and a row's result is its own.
+"""The layers in C give what the layers in PyTorch give in float64, and a row's result is its own.
 
+With weights and cache in bfloat16 the yardstick has the same rounded numbers.
 Caches are filled with NaN first, so that a read of a slot that nobody wrote shows at once.
 """
 
 import random
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -57,28 +58,38 @@ def make_layer(rng, hidden, intermediate, heads, kv_heads, head_dim, window=None
     )
 
 
+def in_dtype(layer, dtype):
+    """The layer with all its numbers in `dtype`."""
+    tensors = {
+        field.name: getattr(layer, field.name).to(dtype)
+        for field in fields(layer)
+        if isinstance(getattr(layer, field.name), torch.Tensor)
+    }
+    return replace(layer, **tensors)
+
+
 class Stage:
     """Random layers, their caches with the past of some sessions, and a batch for these."""
 
-    def __init__(self, seed, head_dim, group, counts=None):
+    def __init__(self, seed, head_dim, group, counts=None, dtype=torch.float32):
         rng = random.Random(seed)
         torch.manual_seed(seed)
         kv_heads, hidden = rng.randint(1, 3), rng.randint(17, 150)
         windows = [None, rng.randint(1, 9), rng.randint(60, 100)]
         sizes = (hidden, rng.randint(17, 150), kv_heads * group, kv_heads, head_dim)
-        self.layers = [make_layer(rng, *sizes, window) for window in windows]
+        self.layers = [in_dtype(make_layer(rng, *sizes, window), dtype) for window in windows]
         self.head_dim, self.hidden = head_dim, hidden
         counts = counts or [1] * rng.randint(1, ROWS)
         free = list(range(BLOCKS))
         extents = [self._extent(rng, count, free) for count in counts]
         shape = (BLOCKS * BLOCK, 2, kv_heads, head_dim)
-        self.caches = [torch.full(shape, float("nan")) for _ in self.layers]
+        self.caches = [torch.full(shape, float("nan"), dtype=dtype) for _ in self.layers]
         for extent in extents:
             slots = [extent.slot(token) for token in range(extent.position)]
             for cache in self.caches:
-                cache[slots] = torch.randn(len(slots), *shape[1:])
+                cache[slots] = torch.randn(len(slots), *shape[1:]).to(dtype)
         self.extents = extents
-        self.x = torch.randn(sum(counts), hidden)
+        self.x = torch.randn(sum(counts), hidden).to(dtype)
 
     @staticmethod
     def _extent(rng, count, free):
@@ -92,16 +103,17 @@ class Stage:
     def frequencies(self):
         return 1.0 / 10000 ** (torch.arange(0, self.head_dim, 2) / self.head_dim)
 
-    def by_torch(self):
+    def by_torch(self, dtype=torch.float64):
         """Results and caches of the reference."""
-        x, caches = self.x.clone(), [cache.clone() for cache in self.caches]
+        x, caches = (
+            self.x.to(dtype, copy=True),
+            [cache.to(dtype, copy=True) for cache in self.caches],
+        )
         windows = {layer.window for layer in self.layers}
         batch = ragged(self.extents, CPU)
-        run = start_pass(
-            batch, windows, self.frequencies(), 0.9, torch.float32, operations("torch")
-        )
+        run = start_pass(batch, windows, self.frequencies(), 0.9, dtype, operations("torch"))
         for layer, cache in zip(self.layers, caches, strict=True):
-            layer.forward(x, run, cache)
+            in_dtype(layer, dtype).forward(x, run, cache)
         return x, caches
 
     def by_native(self, rows=None, *, threads=1, instruction_set=None):
@@ -196,6 +208,59 @@ def test_extreme_gates_and_scores(instruction_set):
     assert_close(x, stage.by_torch()[0], relative=1e-4)
 
 
+def assert_near(got, expected):
+    """As near as bfloat16 should be, by norm."""
+    got, expected = got.double(), expected.double()
+    assert not got.isnan().any()
+    assert (got - expected).norm() <= 1e-2 * expected.norm()
+
+
+@compiled
+@each_instruction_set
+@pytest.mark.parametrize("head_dim", [6, 64, 80])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_weights_and_cache_in_bfloat16(head_dim, threads, instruction_set):
+    """Near float64 on the same numbers; a row's bits do not depend on its neighbours."""
+    for seed in range(4):
+        stage = Stage(seed, head_dim, 1 + seed, dtype=torch.bfloat16)
+        expected_x, expected_caches = stage.by_torch()
+        x, caches = stage.by_native(threads=threads, instruction_set=instruction_set)
+        assert x.dtype == caches[0].dtype == torch.bfloat16
+        assert_near(x, expected_x)
+        for cache, expected in zip(caches, expected_caches, strict=True):
+            written = ~expected.isnan()
+            assert torch.equal(written, ~cache.isnan())
+            assert_near(cache[written], expected[written])
+        row = len(x) - 1
+        alone, _ = stage.by_native([row], instruction_set=instruction_set)
+        assert torch.equal(alone[0], x[row])
+
+
+@compiled
+@each_instruction_set
+def test_the_cache_is_rounded_as_torch_rounds(instruction_set):
+    """To the nearest, to even between two; the first layer's values are x through one matrix."""
+    stage = Stage(5, 32, 1, [1] * 8, torch.bfloat16)
+    layer, x = stage.layers[0], torch.zeros(8, stage.hidden, dtype=torch.bfloat16)
+    x[:, 0] = 1
+    norm = torch.zeros_like(layer.input_norm)
+    norm[0] = 1
+    heads = layer.heads + 2 * layer.kv_heads
+    qkv = torch.zeros_like(layer.qkv)
+    qkv[0] = torch.randn(heads * 32)
+    stage.layers = [replace(layer, input_norm=norm, qkv=qkv, qkv_bias=None, qk_norm=None)]
+    stage.caches, stage.x = stage.caches[:1], x
+    layers = NativeLayers(stage.layers, 1, instruction_set)
+    batch, cache = ragged(stage.extents, CPU), stage.caches[0]
+    ones = torch.ones(8, 1, 32)
+    layers.decode(x.clone(), batch, (ones, 0 * ones), [cache], 0)
+    scale = (1 / torch.tensor(1 / stage.hidden + layer.eps).sqrt()) * qkv[0].float()
+    values = scale.bfloat16()[-layer.kv_heads * 32 :].view(layer.kv_heads, 32)
+    got = cache[batch.slots, 1]
+    assert (got.view(torch.int16) - values.view(torch.int16)).abs().max() <= 1  # of the product
+    assert (got == values).float().mean() > 0.9
+
+
 @compiled
 @each_instruction_set
 @pytest.mark.parametrize("vocabulary", [1, 61, 1024, 2090])
@@ -266,7 +331,17 @@ def test_without_the_library_a_shard_falls_back(monkeypatch):
         assert_close(logits_of(small_shard()), logits_of(shard))
 
 
+@compiled
+def test_a_shard_in_bfloat16_runs_in_c():
+    shard = small_shard("bfloat16")
+    assert shard.backend == "native"
+    expected = logits_of(small_shard())
+    assert_near(logits_of(shard), expected)
+    with torch.inference_mode():
+        assert shard.embed(torch.tensor([1])).dtype == torch.bfloat16
+
+
 def test_other_types_and_devices_stay_with_torch():
-    assert small_shard("bfloat16").backend == "torch"
+    assert small_shard("float16").backend == "torch"
     assert choose(torch.device("cuda"), torch.float32) == "torch"
     assert small_shard(backend="torch").backend == "torch"

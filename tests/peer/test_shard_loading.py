@@ -9,7 +9,7 @@ from hexswarm.config import PeerConfig
 from hexswarm.errors import OutOfMemory
 from hexswarm.kernels import dispatch
 from hexswarm.kernels.quantise import dequantise, quantise
-from hexswarm.peer.loading import held_bytes, kept_bits, load, span_for_memory
+from hexswarm.peer.loading import held_bytes, kept_bits, load, longest_runs
 from hexswarm.peer.models.registry import architecture
 from hexswarm.peer.shard import Shard
 from hexswarm.peer.weights import load_span, span_bytes
@@ -47,10 +47,11 @@ def test_without_rounding_that_is_what_the_loader_reads(folder):
 
 def test_rounded_layers_make_longer_spans(folder):
     budget = held_bytes(folder, Span(0, 1), "bfloat16") + 1
-    assert span_for_memory(folder, 0, "bfloat16", budget, [0, 0, 0]) == Span(0, 1)
-    assert span_for_memory(folder, 0, "bfloat16", budget, [9, 1, 1], bits=4) == Span(1, 3)
+    plain, rounded = (longest_runs(folder, 0, "bfloat16", budget, bits) for bits in (16, 4))
+    assert plain[0] == 1
+    assert rounded[1] == 2
     with pytest.raises(OutOfMemory):
-        span_for_memory(folder, 0, "bfloat16", 100, [0, 0, 0], bits=4)
+        longest_runs(folder, 0, "bfloat16", 100, bits=4)
 
 
 def test_bits_are_kept_where_triton_runs(folder, monkeypatch):
