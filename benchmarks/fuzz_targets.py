@@ -21,8 +21,9 @@ from typing import Any
 import msgpack
 from fuzz_mutations import mutate, mutate_tree, mutate_value
 
-from hexswarm import directory
-from hexswarm.directory import directory_key, sign
+from hexswarm import advice
+from hexswarm.advice import Proposal, SignedAdvice, advice_key, tail_of
+from hexswarm.directory import SignedAnnouncement, directory_key, sign
 from hexswarm.errors import CorruptWeights, ModelError, RemoteProtocolError, UsageError
 from hexswarm.gguf import read_gguf
 from hexswarm.gguf_config import gguf_config
@@ -131,8 +132,15 @@ def announcement(peer: PeerId, **changes: Any) -> Announcement:
 
 
 RECORDS = [sign(announcement(key.peer, sequence=n), NOW + 90, key) for n, key in enumerate(KEYS)]
-_GENUINE = {record.data for record in RECORDS}
+ADVICE = [
+    advice.sign(
+        Proposal(key.peer, MODEL, 30, ((tail_of(key.peer), Span(0, 9)),), 9.0, number, NOW), key
+    )
+    for number, key in enumerate(KEYS)
+]
+_GENUINE = {record.data for record in (*RECORDS, *ADVICE)}
 _KEY_HASH = hashlib.sha1(msgpack.packb(directory_key(MODEL, 0, 1))).digest()
+_ADVICE_HASH = hashlib.sha1(msgpack.packb(advice_key(MODEL))).digest()
 
 
 class Forgery(Exception):
@@ -141,8 +149,11 @@ class Forgery(Exception):
 
 def records(rng: random.Random) -> tuple[Call, bytes]:
     """An entry of the directory, some of it altered on the way."""
-    record = rng.choice(RECORDS)
-    value, subkey = msgpack.packb(record.data), msgpack.packb(record.peer)
+    record: SignedAnnouncement | SignedAdvice = rng.choice(rng.choice([RECORDS, ADVICE]))
+    advised = isinstance(record, SignedAdvice)
+    owner = record.author if isinstance(record, SignedAdvice) else record.peer
+    key_hash = _ADVICE_HASH if advised else _KEY_HASH
+    value, subkey = msgpack.packb(record.data), msgpack.packb(owner)
     expires_s, resigned = record.expires_s, False
     match rng.randrange(6):
         case 0:
@@ -156,20 +167,21 @@ def records(rng: random.Random) -> tuple[Call, bytes]:
 
     def call() -> bool:
         try:
-            found = directory.check_record(_KEY_HASH, subkey, value, expires_s, NOW)
+            found = advice.check_entry(key_hash, subkey, value, expires_s, NOW)
         except RemoteProtocolError:
             return False
         if not resigned and found.data not in _GENUINE:
-            raise Forgery(f"taken as {found.peer}")
+            raise Forgery(f"taken as {owner}")
         return True
 
     return call, value
 
 
 def _resigned(data: bytes, rng: random.Random) -> bytes:
-    body = mutate_tree(msgpack.unpackb(data)[0], rng)
-    signature = rng.choice(KEYS).sign(b"hexswarm/1 announcement\0" + body)
-    resigned: bytes = msgpack.packb([body, signature])
+    *kind, old, _ = msgpack.unpackb(data)
+    body = mutate_tree(old, rng)
+    context = b"hexswarm/1 advice\0" if kind else b"hexswarm/1 announcement\0"
+    resigned: bytes = msgpack.packb([*kind, body, rng.choice(KEYS).sign(context + body)])
     return resigned
 
 

@@ -9,6 +9,7 @@ request alone.
 
 - *general*: our plan: groupings and placement by flow within the deadline; requests go along the
   paths of the flow, which share units, to the one with the least under way for what it carries;
+  or the plan of *balanced*, if the simulator finds that it keeps more requests in time;
 - *general-free*: the same plan with our router, which knows no paths;
 - *hexgen*: disjoint pipelines, inner programme for the lowest latency, as in the paper;
 - *balanced*: disjoint pipelines with our bound on the slowest stage in the programme;
@@ -30,7 +31,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path as File
 
 from tqdm import tqdm
@@ -166,12 +167,20 @@ def planned(hetero: Cluster, a100: Cluster, slo: Slo, seed: int, seconds: float)
     limited = deadline.limited(model, found.plan.units)
     edges = Flow(deadline.near(hetero), model, limited).edges(found.plan.spans)
     ways = paths(edges, found.plan.spans)
-    cases.append(Case("general", hetero, model, found.plan, (), (), rate, ways))
+    mixed = Case("general", hetero, model, found.plan, (), (), rate, ways)
+    apart = replace(of("general", ours, best), curves=())
+    cases.append(_better(mixed, apart, slo, seed))
     cases.append(Case("general-free", hetero, model, found.plan, (), (), rate / 2))
     alike = Builder(a100, other, slo, max_rows=ROWS)
     cases.append(of("a100", alike, searched(alike, seed, seconds / 2)))
     cases.append(symmetric(alike))
     return cases
+
+
+def _better(mixed: Case, apart: Case, slo: Slo, seed: int) -> Case:
+    """Disjoint pipelines are plans like others; flow overstates plans whose units share much."""
+    rate = min(mixed.guess, apart.guess)
+    return max((mixed, apart), key=lambda case: attained(case, slo, rate, seed))
 
 
 def symmetric(builder: Builder) -> Case:

@@ -43,6 +43,8 @@ GAP_S = 30.0
 AFTER_S = 300.0
 STORE_S = 1.0
 READ_S = 10.0
+YOUNG_S = 60.0
+"""An advice is listened to for so long."""
 JITTER_S = (2.5, 4.5)
 SETTLED_S = (300.0, 600.0)
 LOAD_BYTES_PER_S = 1e9
@@ -203,7 +205,7 @@ class World:
                 peer.follower.hear(made, census, load_s, busy=self.busy)
         elif told:
             latest = told[-1]
-            if latest.made_s > now - 2 * READ_S:
+            if latest.made_s > now - YOUNG_S:
                 peer.follower.hear(latest, census, load_s, busy=self.busy)
 
     def census(self, served: dict[str, Span | None]) -> advice.Census:

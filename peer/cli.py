@@ -46,5 +46,7 @@ def _say(peer: Peer) -> None:
         f"KV for {peer.config.kv_tokens} tokens)",
         flush=True,
     )
+    if peer.metrics_port is not None:
+        print(f"metrics http://127.0.0.1:{peer.metrics_port}/metrics", flush=True)
     for address in peer.addresses:
         print(f"address {address}/p2p/{peer.peer}", flush=True)

@@ -1,30 +1,32 @@
 """`hexswarm peer`: from a config to a peer that serves, and back out again without loss.
 
-    resolve model ─ join ─ choose span ─ load ─ probe ─ settle ─ announce ─ serve ─ drain ─ leave
+    resolve model ─ join ─ claim a span ─ load ─ probe ─ settle ─ announce ─ serve ─ drain ─ leave
 
-Each part is somebody else's (store, loading, engine, stage table, links); this file owns the order
-in which they start and end. To *settle* is to measure a few neighbours before the first word, so
-that it tells where in the network this peer is; nobody waits for it longer than `SETTLE_S`.
+A peer that was given no span may move while it lives: drain, load, announce, serve again. Each part
+is somebody else's (store, loading, engine, stage table, links; `moving` chooses layers, `telling`
+announces, `surveying` measures); this file owns the order in which they start and end.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from hexswarm.clock import RealClock
 from hexswarm.config import PeerConfig
-from hexswarm.directory import INDEX, sign
+from hexswarm.directory import INDEX
 from hexswarm.identity import Identity
-from hexswarm.membership import FEW_PEERS, Membership
+from hexswarm.membership import Membership
 from hexswarm.peer.admission import Hosted
-from hexswarm.peer.announcer import Announcer
-from hexswarm.peer.cache import BLOCK_TOKENS, BlockTables
+from hexswarm.peer.advising import Advising
+from hexswarm.peer.cache import BlockTables
 from hexswarm.peer.engine import Engine
 from hexswarm.peer.journal import DEFAULT_BYTES, FREE_SHARE, Journal
+from hexswarm.peer.life import Life
 from hexswarm.peer.loading import (
     MEMORY_SHARE,
     Served,
@@ -32,39 +34,30 @@ from hexswarm.peer.loading import (
     choose_device,
     kept_bits,
     load,
-    span_for_memory,
+    longest_runs,
 )
 from hexswarm.peer.memory import free_bytes
-from hexswarm.peer.neighbours import to_announce, to_measure
+from hexswarm.peer.moving import Mover
 from hexswarm.peer.pace import Pace
-from hexswarm.peer.probe import again
+from hexswarm.peer.placement import Placement
 from hexswarm.peer.scheduler import Policy, Scheduler
 from hexswarm.peer.server import PeerServer
 from hexswarm.peer.stage import StageTable
 from hexswarm.peer.steps import Result
 from hexswarm.peer.steptime import StepTime
+from hexswarm.peer.surveying import Surveyor
+from hexswarm.peer.telling import Teller
 from hexswarm.progress import Progress
-from hexswarm.records import DTYPES, Announcement, Coordinates, PeerId, Span, State
-from hexswarm.router import vivaldi
-from hexswarm.router.network import snapshot
+from hexswarm.records import DTYPES, PeerId
+from hexswarm.scrape import Scrapes
 from hexswarm.store import ModelFolder, resolve
 from hexswarm.version import __version__
 from hexswarm.wire import Frame
 
 log = logging.getLogger(__name__)
 
-TICK_S = 0.5
-SETTLE_S = 3.0
-SETTLE_PINGS = 3
-MEASURE_EVERY_S = 20.0
-"""A round of pings to a few neighbours."""
-YOUNG_S = 60.0
-"""A peer that is so young, or knows fewer than two others, measures them more often:"""
-YOUNG_EVERY_S = 2.0
 STOP_S = 3.0
 """A device that hangs for longer than this is left behind."""
-SHARED_S = 600.0
-"""Neighbours with which a session was shared so lately are announced first."""
 
 
 class Peer:
@@ -72,30 +65,31 @@ class Peer:
 
     def __init__(self, config: PeerConfig, progress: Progress) -> None:
         self.config = config
-        self.member = Membership(config, RealClock(), software=f"hexswarm/{__version__}")
-        self.clock = self.member.clock
-        self.served: Served
-        self.engine: Engine | None = None
-        self.server: PeerServer | None = None
+        member = Membership(config, RealClock(), software=f"hexswarm/{__version__}")
         self._identity_path = config.identity or config.folder / "identity" / "peer.key"
-        self._identity = Identity.claim(self._identity_path)
+        identity = Identity.claim(self._identity_path)
+        self._life = Life(config, member, identity, random.Random(identity.public))
+        self._teller = Teller(self._life)
+        self._mover = Mover(self._life, self._teller)
+        self._surveyor = Surveyor(self._life)
         self._progress = progress
-        self._rng = random.Random(self._identity.public)
-        self._announcer = Announcer(config.kv_tokens, self._rng)
-        self._state: State = "joining"
         self._stop = asyncio.Event()
-        self._addresses: tuple[str, ...] = ()
-        self._place: Coordinates | None = None
-        self._online_s = 0.0
+        self._scrapes = Scrapes(self._teller.metrics)
+        self.metrics_port: int | None = None
+        """Of the loopback, where whoever watches this machine reads our numbers."""
 
     @property
     def peer(self) -> PeerId:
-        return self._identity.peer
+        return self._life.peer
+
+    @property
+    def served(self) -> Served:
+        return self._life.served
 
     @property
     def addresses(self) -> tuple[str, ...]:
         """Where others reach us, without the /p2p suffix."""
-        return self._addresses
+        return self._life.addresses
 
     def request_stop(self) -> None:
         """Begin to drain; safe from a signal handler."""
@@ -103,45 +97,66 @@ class Peer:
 
     async def start(self) -> None:
         """Join, load and announce; afterwards others can use us."""
-        config = self.config
+        config, life = self.config, self._life
+        if config.metrics_port is not None:
+            self.metrics_port = await self._scrapes.start("127.0.0.1", config.metrics_port)
         folder = await self._resolve(weights=False)
         if config.span is not None:
             check_span(config.span, folder.spec.layers)
-        device, dtype = choose_device(config)
-        await self.member.join(self._on_frames, self._on_lost, identity=self._identity_path)
-        self.member.follow(INDEX)
-        await self.member.refresh()
-        span = config.span or self._free_span(folder, device, dtype)
-        folder = await self._resolve(span=span)
-        self.served = await asyncio.to_thread(
-            load, config, folder, span, device, dtype, self._progress
-        )
-        self._assemble()
-        await self._settle()
-        self._state = "online"
-        self._online_s = self.clock.monotonic()
-        await self._announce()
+        life.device, life.dtype = choose_device(config)
+        life.folder = folder
+        await life.member.join(self._on_frames, self._on_lost, identity=self._identity_path)
+        life.member.follow(INDEX)
+        await life.member.refresh()
+        if config.span is None:
+            self._choose_freely(folder)
+        await self._mover.claim()
+        claiming = asyncio.create_task(self._teller.for_ever())
+        try:  # a slow disk outlives an announcement
+            await self._load()
+        finally:
+            claiming.cancel()
+            await asyncio.gather(claiming, return_exceptions=True)
+        await self._surveyor.settle()
+        await self._go_online()
 
     async def serve(self) -> None:
-        """Serve until `request_stop`, then drain."""
-        assert self.server is not None
+        """Serve until `request_stop`, then drain; move in between where that is wished."""
         async with asyncio.TaskGroup() as tasks:
             running = [
-                tasks.create_task(self._announce_for_ever()),
-                tasks.create_task(self._measure_for_ever()),
-                tasks.create_task(self.server.expire_for_ever()),
-                tasks.create_task(self.member.transport.died()),
+                tasks.create_task(self._teller.for_ever()),
+                tasks.create_task(self._surveyor.for_ever()),
+                tasks.create_task(self._mover.advise_for_ever()),
+                tasks.create_task(self._life.member.transport.died()),
             ]
-            await self._stop.wait()
-            await self._drain(self.server)
+            while await self._serve_span(tasks) and await self._unless_stopped(self._move(), tasks):
+                pass
             for task in running:
                 task.cancel()
 
     async def leave(self) -> None:
         """Stop the device thread and the network, however far `start` had come."""
-        if self.engine is not None:
-            await asyncio.to_thread(self.engine.stop, STOP_S)
-        await self.member.close()
+        await self._scrapes.close()
+        if self._life.engine is not None:
+            await asyncio.to_thread(self._life.engine.stop, STOP_S)
+        await self._life.member.close()
+
+    async def run(self, on_ready: Callable[[Peer], None]) -> None:
+        """The whole life, from `start` to `leave`; a stop is obeyed at any moment of it."""
+        try:
+            starting = asyncio.create_task(self.start())
+            stopping = asyncio.create_task(self._stop.wait())
+            await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            stopping.cancel()
+            if not starting.done():
+                starting.cancel()
+                await asyncio.gather(starting, return_exceptions=True)
+                return
+            await starting
+            on_ready(self)
+            await self.serve()
+        finally:
+            await self.leave()
 
     # --- inside -------------------------------------------------------------------------------
 
@@ -150,8 +165,33 @@ class Peer:
             resolve, self.config.model, home=self.config.cache, progress=self._progress, **wanted
         )
 
+    def _choose_freely(self, folder: ModelFolder) -> None:
+        """Nobody gave us layers: we choose, and follow advice unless that is not wished."""
+        life, config, digest = self._life, self.config, folder.spec.digest
+        budget = config.memory or int(free_bytes(life.device) * MEMORY_SHARE)
+        bits = kept_bits(config, folder, life.device, life.dtype)
+        longest = longest_runs(folder, config.kv_tokens, life.dtype, budget, bits)
+        hidden_bytes = folder.spec.hidden * DTYPES[life.dtype]
+        life.placement = Placement(
+            self.peer, digest, longest, hidden_bytes, life.rng, config.hole_s
+        )
+        if config.follow:
+            life.advising = Advising(self.peer, digest, longest, hidden_bytes)
+            life.member.follow_advice(digest)
+
+    async def _load(self) -> None:
+        """Load what is claimed."""
+        life, span, began_s = self._life, self._life.claimed, self._life.clock.monotonic()
+        folder = await self._resolve(span=span)
+        life.served = await asyncio.to_thread(
+            load, self.config, folder, span, life.device, life.dtype, self._progress
+        )
+        self._assemble()
+        if life.advising is not None:
+            life.advising.load_s = max(1.0, life.clock.monotonic() - began_s)
+
     def _assemble(self) -> None:
-        served, spec = self.served, self.served.folder.spec
+        life, served, spec = self._life, self.served, self.served.folder.spec
         hosted = Hosted(self.peer, spec.digest, served.span, spec.layers, spec.hidden)
         policy = Policy.of(
             spec.hidden * DTYPES[served.dtype],
@@ -167,15 +207,15 @@ class Peer:
             served.runner,
             Scheduler(policy, tables.blocks, times=times),
             tables,
-            clock=self.clock,
+            clock=life.clock,
             deliver=self._on_results,
             pace=Pace(speed, served.span, spec.layers),
             forget=served.runner.forget,
         )
         table = StageTable(hosted, engine, Journal(self._journal_bytes()))
-        server = PeerServer(table, engine, self.member.links, self.clock)
+        server = PeerServer(table, engine, life.member.links, life.clock)
         engine.start()
-        self.engine, self.server = engine, server
+        life.engine, life.server = engine, server
 
     def _journal_bytes(self) -> int:
         if self.config.journal is not None:
@@ -183,119 +223,61 @@ class Peer:
         return min(DEFAULT_BYTES, free_bytes("cpu") // FREE_SHARE)
 
     def _on_frames(self, peer: PeerId, frames: list[Frame]) -> None:
-        if self.server is not None:
-            self.server.on_frames(peer, frames)
+        if self._life.server is not None:
+            self._life.server.on_frames(peer, frames)
 
     def _on_lost(self, peer: PeerId, how: str) -> None:
-        if self.server is not None:
-            self.server.on_lost(peer, how)
+        if self._life.server is not None:
+            self._life.server.on_lost(peer, how)
 
     def _on_results(self, results: list[Result]) -> None:
-        if self.server is not None:
-            self.server.deliver(results)
+        if self._life.server is not None:
+            self._life.server.deliver(results)
 
-    def _free_span(self, folder: ModelFolder, device: str, dtype: str) -> Span:
-        """The span that memory allows, where the swarm is thinnest."""
-        view = snapshot(self.member.alive(), {}, self.clock.wall())
-        coverage = view.coverage(folder.spec.digest) or [0] * folder.spec.layers
-        budget = int(free_bytes(device) * MEMORY_SHARE)
-        bits = kept_bits(self.config, folder, device, dtype)
-        return span_for_memory(folder, self.config.kv_tokens, dtype, budget, coverage, bits)
+    async def _go_online(self) -> None:
+        life = self._life
+        life.state = "online"
+        life.online_s = life.clock.monotonic()
+        if life.placement is not None:
+            life.placement.speed = self.served.measured.speed
+            life.placement.settle(life.online_s)
+        await self._teller.announce()
 
-    def _current(self) -> Announcement:
-        served, spec = self.served, self.served.folder.spec
-        engine, links = self.engine, self.member.links
+    async def _serve_span(self, tasks: asyncio.TaskGroup) -> bool:
+        """Serve these layers and drain; True: to serve others, False: because we shall stop."""
+        server = self._life.server
+        assert server is not None
+        expiring = tasks.create_task(server.expire_for_ever())
+        moving = await self._unless_stopped(self._mover.wish(), tasks)
+        self._life.state = "draining"
+        await server.drain(self.config.drain_s, self._teller.announce)
+        expiring.cancel()
+        return moving and not self._stop.is_set()
+
+    async def _unless_stopped(
+        self, work: Coroutine[Any, Any, None], tasks: asyncio.TaskGroup
+    ) -> bool:
+        """True when `work` is done, False if we were told to stop before that."""
+        working, stopping = tasks.create_task(work), tasks.create_task(self._stop.wait())
+        await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        done = working.done()
+        for task in (working, stopping):
+            task.cancel()
+        return done
+
+    async def _move(self) -> None:
+        """From drained to online with the claimed layers."""
+        life = self._life
+        log.warning("moving from layers %s to %s", self.served.span, life.claimed)
+        engine, life.engine, life.server = life.engine, None, None
         assert engine is not None
-        load = engine.load_now()
-        return Announcement(
-            peer=self.peer,
-            model=spec.digest,
-            model_name=spec.name,
-            layers=spec.layers,
-            span=served.span,
-            state=self._state,
-            dtype=served.numerics,
-            device=served.device,
-            speed=engine.speed_now() or served.measured.speed,
-            free_kv_tokens=load.free_kv_tokens,
-            queue_s=load.queue_s,
-            addresses=self._addresses[:8],
-            neighbours=self._neighbours(),
-            software=__version__,
-            rows=load.rows,
-            busy=load.busy,
-            kv_tokens=served.blocks * BLOCK_TOKENS,
-            coordinates=self._place,
-            up_bytes_per_s=links.up_bytes_per_s,
-            down_bytes_per_s=links.down_bytes_per_s,
-        )
-
-    def _neighbours(self) -> tuple[tuple[PeerId, float], ...]:
-        """Measured ways to peers of the directory: nobody else's concern are those to clients."""
-        known = {item.peer for item in self.member.others()}
-        links = self.member.links
-        rtts = {peer: rtt_s for peer, rtt_s in links.rtts.items() if peer in known}
-        return to_announce(rtts, links.used_within(SHARED_S))
-
-    async def _announce(self) -> None:
-        """Announce if it is time to."""
-        current = self._current()
-        now, wall = self.clock.monotonic(), self.clock.wall()
-        if not self._announcer.due(current, now):
-            return
-        self._addresses = await self.member.transport.addresses()
-        current = self._current()
-        stamped, expires_s = self._announcer.stamp(current, now, wall)
-        record = sign(stamped, expires_s, self._identity)
-        await self.member.announce(record)
-
-    async def _announce_for_ever(self) -> None:
-        while True:
-            await asyncio.sleep(TICK_S)
-            self.member.links.probe(item.peer for item in self.member.others())
-            await self._announce()
-
-    async def _settle(self) -> None:
-        """Find out where we are before we say that we are there."""
-        await self._measure(SETTLE_PINGS, SETTLE_S)
-
-    async def _measure_for_ever(self) -> None:
-        """Keep links to a few peers, measure the ways to them, and move with what is found."""
-        while True:
-            young = self.clock.monotonic() - self._online_s < YOUNG_S
-            few = len(self.member.others()) < FEW_PEERS
-            await asyncio.sleep(YOUNG_EVERY_S if young or few else MEASURE_EVERY_S)
-            await self._measure(1, SETTLE_S)
-            await self._time_at_rest()
-
-    async def _time_at_rest(self) -> None:
-        """If nobody uses us, a step of our own tells whether the announced speed is still ours."""
-        served, engine = self.served, self.engine
-        assert engine is not None
-        spec, span = served.folder.spec, served.span
-        timed = engine.at_rest(lambda run: again(run, span, spec.layers, spec.hidden, served.dtype))
-        if timed is not None:
-            await asyncio.wrap_future(timed)
-
-    async def _measure(self, pings: int, within_s: float) -> None:
-        """One round: measure some neighbours at the same time, and correct our coordinates."""
-        others = self.member.others()
-        chosen = to_measure(others, self._place, self._rng)
-        targets = [(item.peer, item.addresses) for item in chosen]
-        ways = await self.member.links.measure_all(targets, pings, within_s)
-        samples = [
-            (item.coordinates, ways[item.peer].rtt_s) for item in chosen if item.peer in ways
-        ]
-        if self._place is None:
-            placed = [(at, rtt_s) for at, rtt_s in samples if at is not None]
-            self._place = vivaldi.fit(placed, self._rng)
-        # Among newcomers alone nobody has a place yet: the first to measure takes one.
-        for at, rtt_s in samples:
-            self._place = vivaldi.step(self._place, at, rtt_s, self._rng)
-
-    async def _drain(self, server: PeerServer) -> None:
-        self._state = "draining"
-        await server.drain(self.config.drain_s, self._announce)
+        await asyncio.to_thread(engine.stop, STOP_S)
+        life.state = "joining"
+        del life.served, engine
+        gc.collect()  # the old weights go before the new ones come
+        await self._mover.claim_again()
+        await self._load()
+        await self._go_online()
 
 
 async def run_peer(
@@ -307,17 +289,4 @@ async def run_peer(
     """Run a peer until it is told to stop; `stop_with` registers how to tell it."""
     peer = Peer(config, progress)
     stop_with(peer.request_stop)
-    try:
-        starting = asyncio.create_task(peer.start())
-        stopping = asyncio.create_task(peer._stop.wait())
-        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
-        if not starting.done():
-            starting.cancel()
-            await asyncio.gather(starting, return_exceptions=True)
-            return
-        await starting
-        on_ready(peer)
-        await peer.serve()
-    finally:
-        await peer.leave()
+    await peer.run(on_ready)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         CorruptWeights,
         HexswarmError,
         LocalProtocolError,
+        MemberLost,
         ModelError,
         NetworkError,
         NoRoute,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         UnknownModel,
         UnsupportedModel,
         UsageError,
+        WrongPeer,
     )
     from hexswarm.records import Sampling
 
@@ -60,6 +62,7 @@ __all__ = [
     "CorruptWeights",
     "HexswarmError",
     "LocalProtocolError",
+    "MemberLost",
     "ModelError",
     "NetworkError",
     "NoRoute",
@@ -73,6 +76,7 @@ __all__ = [
     "UnknownModel",
     "UnsupportedModel",
     "UsageError",
+    "WrongPeer",
     "__version__",
     "generate",
 ]

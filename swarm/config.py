@@ -77,6 +77,17 @@ def byte_size(text: str) -> int:
     return int(size)
 
 
+def yes_or_no(text: str) -> bool:
+    """True of "1", "yes", "true" or "on", False of their opposites. Raises UsageError."""
+    word = text.lower()
+    if word not in _YES + _NO:
+        raise UsageError(f"{text!r} is neither yes nor no")
+    return word in _YES
+
+
+_YES, _NO = ("1", "yes", "true", "on"), ("0", "no", "false", "off")
+
+
 def _number(digits: str, text: str, what: str) -> float:
     try:
         return float(digits)
@@ -132,12 +143,26 @@ class PeerConfig(ListenConfig):
     """`hexswarm peer`."""
 
     model: str = option(DEFAULT_MODEL, "Hub id, folder of safetensors, or GGUF file")
-    span: Span | None = option(None, "layers to serve, FIRST:END; default: by free memory")
+    span: Span | None = option(
+        None, "layers to serve, FIRST:END; default: as many as fit where the swarm needs them"
+    )
+    memory: int | None = option(
+        None,
+        'memory for the weights and KV of layers chosen without --span, as "8GB" (default: four '
+        "fifths of what is free)",
+        parse=byte_size,
+    )
+    follow: bool = option(
+        True, "move as other peers advise, where that gains; never with --span", parse=yes_or_no
+    )
+    hole_s: float = option(
+        15.0, "seconds that layers may have no holder until a peer without --span moves there"
+    )
     device: str = option("auto", "cpu, cuda, cuda:N or auto")
     dtype: str = option("auto", "float32, bfloat16, float16 or auto (float32 on CPU)")
     quant: str = option("none", "round the layers' weights on load: none, int8 or int4")
     kv_tokens: int = option(16384, "tokens of all sessions for which KV memory is kept")
-    threads: int = option(0, "CPU threads for the layers; 0 lets PyTorch choose")
+    threads: int = option(0, "CPU threads for the layers; 0 measures how many are of use")
     lease_s: float = option(60.0, "seconds after which an idle session loses its KV")
     journal: int | None = option(
         None,
@@ -146,15 +171,24 @@ class PeerConfig(ListenConfig):
         parse=byte_size,
     )
     drain_s: float = option(25.0, "seconds that running sessions get to end after SIGTERM")
+    metrics_port: int | None = option(
+        None, "serve numbers for Prometheus on this port of the loopback; 0 takes a free one"
+    )
 
     def __post_init__(self) -> None:
         ListenConfig.__post_init__(self)
+        if self.metrics_port is not None and not 0 <= self.metrics_port < 1 << 16:
+            raise UsageError("metrics_port is a port, or 0")
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise UsageError(f"unknown dtype {self.dtype!r}", remedy=f"use {', '.join(DTYPES)}")
         if self.quant not in QUANTS:
             raise UsageError(f"unknown quant {self.quant!r}", remedy=f"use {', '.join(QUANTS)}")
         if self.kv_tokens < 16:
             raise UsageError("kv_tokens is at least 16")
+        if self.memory is not None and not 0 < self.memory < 1 << 60:
+            raise UsageError("memory is a positive number of bytes")
+        if not 0 <= self.hole_s <= 3600:
+            raise UsageError("hole_s is within 0-3600")
         if self.journal is not None and not 0 <= self.journal < 1 << 50:
             raise UsageError("a journal has 0 bytes or more")
         if not 1 <= self.lease_s <= 86400 or not 0 <= self.drain_s <= 3600:
@@ -184,6 +218,16 @@ def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
         if "help" not in item.metadata:
             continue
         kind, many = _element(hints[item.name], item.metadata)
+        if hints[item.name] is bool:
+            name = item.name.replace("_", "-")
+            parser.add_argument(
+                f"--{name}",
+                dest=item.name,
+                default=None,
+                action=argparse.BooleanOptionalAction,
+                help=f"{item.metadata['help']} (default: {item.default})",
+            )
+            continue
         parser.add_argument(
             item.metadata.get("flag", "--" + item.name.replace("_", "-")),
             dest=item.name,

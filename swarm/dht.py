@@ -2,7 +2,7 @@
 
 `SwarmDht` wraps one `DHTNode`. No DHT process is started (measured: no gain, 100-200 MiB more).
 hivemind's defaults let a stranger erase, forge and hide records, so every node has our validator
-(`directory.check_record`), and what it decodes, keeps and believes is bounded (`hexswarm.guard`).
+(`advice.check_entry`), and what it decodes, keeps and believes is bounded (`hexswarm.guard`).
 
 The node joins by dialling addresses itself (bootstraps and peers remembered on disk) instead of
 giving them to the daemon: a daemon with only dead bootstraps refuses to start, and a swarm must
@@ -14,10 +14,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from hexswarm.advice import SignedAdvice, advice_key, open_advice
 from hexswarm.clock import Clock
 from hexswarm.directory import (
     EXPIRE_S,
@@ -36,6 +37,8 @@ from hexswarm.transports.libp2p import Libp2pTransport, check_address, load_hive
 JOIN_S = 6.0
 CLOSE_S = 5.0
 REMEMBER = 64
+
+T = TypeVar("T")
 
 
 class SwarmDht:
@@ -113,16 +116,30 @@ class SwarmDht:
         """All announcements of `model` (a digest) that can be found now."""
         keys = [directory_key(model, shard, shards) for shard in range(shards)]
         # One by one: several full shards would not fit one answer.
-        found = await asyncio.gather(*(self._node.get(key, latest=True) for key in keys))
-        records = []
-        for entry in found:
-            if entry is None or not isinstance(entry.value, dict):
-                continue
-            for item in entry.value.values():
-                with contextlib.suppress(RemoteProtocolError):
-                    if isinstance(item.value, bytes):
-                        records.append(open_record(item.value))
-        return records
+        found = await asyncio.gather(*map(self._values, keys))
+        return [record for values in found for record in _opened(values, open_record)]
+
+    async def advise(self, record: SignedAdvice) -> bool:
+        """Store an advice; True if somebody took it."""
+        stored = await self._node.store(
+            advice_key(record.proposal.model),
+            record.data,
+            record.expires_s,
+            subkey=record.author,
+        )
+        return bool(stored)
+
+    async def read_advice(self, model: str) -> list[SignedAdvice]:
+        """All advice for `model` (a digest) that can be found now."""
+        return _opened(await self._values(advice_key(model)), open_advice)
+
+    async def _values(self, key: str) -> list[bytes]:
+        """What is stored under `key`."""
+        entry = await self._node.get(key, latest=True)
+        if entry is None or not isinstance(entry.value, dict):
+            return []
+        values = [item.value for item in entry.value.values()]
+        return [value for value in values if isinstance(value, bytes)]
 
     async def meet(self, records: Sequence[SignedAnnouncement]) -> None:
         """Let the daemon know the addresses of announced peers, new ones only.
@@ -150,6 +167,15 @@ class SwarmDht:
 
     async def close(self) -> None:
         await _shut(self._node)
+
+
+def _opened(values: Sequence[bytes], opener: Callable[[bytes], T]) -> list[T]:
+    """Those in order; the validator lets none through that is not, save by a bug of its own."""
+    records = []
+    for value in values:
+        with contextlib.suppress(RemoteProtocolError):
+            records.append(opener(value))
+    return records
 
 
 async def _shut(node: Any) -> None:

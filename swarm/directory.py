@@ -34,6 +34,7 @@ from typing import Any
 import msgpack
 
 from hexswarm.errors import RemoteProtocolError, UsageError
+from hexswarm.flat import integer, items, real, text, unpack
 from hexswarm.identity import Identity, verify
 from hexswarm.records import Announcement, Coordinates, GroupMembership, PeerId, Span, Speed
 
@@ -111,8 +112,8 @@ def open_record(data: bytes) -> SignedAnnouncement:
     if len(data) > MAX_RECORD_BYTES:
         raise RemoteProtocolError("a record is too large")
     try:
-        body, signature = _unpack(data, 2)
-        announcement, expires_s = _from_body(_unpack(body, _FIELD_COUNT))
+        body, signature = unpack(data, 2)
+        announcement, expires_s = _from_body(unpack(body))
     except (ValueError, TypeError, KeyError, UsageError, RecursionError, OverflowError) as error:
         raise RemoteProtocolError(f"a malformed record: {error}") from error
     if not verify(announcement.peer, _CONTEXT + body, signature):
@@ -127,22 +128,37 @@ def check_record(
 
     `key_hash` is SHA-1 of the key (hivemind's DHT id), `subkey` and `value` are msgpack.
     """
-    if not math.isfinite(expires_s) or expires_s > now + EXPIRE_S + SKEW_S:
-        raise RemoteProtocolError("a record that would live too long")
-    if len(value) > MAX_RECORD_BYTES + 8 or not subkey:
-        raise RemoteProtocolError("a record that is too large or has no owner")
+    check_outside(subkey, value, expires_s, now)
     record = open_value(value)
-    if subkey != msgpack.packb(record.peer):
-        raise RemoteProtocolError("a record under somebody else's name")
-    if abs(record.expires_s - expires_s) > 0.001:
-        raise RemoteProtocolError("a record with an altered expiry")
+    check_owner(subkey, record.peer, expires_s, record.expires_s)
     if key_hash not in _key_hashes(record.announcement.model, record.peer):
         raise RemoteProtocolError("a record under the wrong key")
     return record
 
 
+def check_outside(subkey: bytes, value: bytes, expires_s: float, now: float) -> None:
+    """What can be refused of an entry before it is opened."""
+    if not math.isfinite(expires_s) or expires_s > now + EXPIRE_S + SKEW_S:
+        raise RemoteProtocolError("a record that would live too long")
+    if len(value) > MAX_RECORD_BYTES + 8 or not subkey:
+        raise RemoteProtocolError("a record that is too large or has no owner")
+
+
+def check_owner(subkey: bytes, signer: PeerId, told_s: float, signed_s: float) -> None:
+    """The entry's owner and expiry are those that were signed."""
+    if subkey != msgpack.packb(signer):
+        raise RemoteProtocolError("a record under somebody else's name")
+    if abs(signed_s - told_s) > 0.001:
+        raise RemoteProtocolError("a record with an altered expiry")
+
+
 def open_value(value: bytes) -> SignedAnnouncement:
-    """The announcement in a stored value: msgpack around the record's bytes."""
+    """The announcement in a stored value."""
+    return open_record(unwrap(value))
+
+
+def unwrap(value: bytes) -> bytes:
+    """The bytes of a record in a stored value: msgpack around them."""
     try:
         data = msgpack.unpackb(
             value, max_bin_len=MAX_RECORD_BYTES, max_array_len=0, max_map_len=0, max_ext_len=0
@@ -151,7 +167,7 @@ def open_value(value: bytes) -> SignedAnnouncement:
         raise RemoteProtocolError("a malformed record") from error
     if not isinstance(data, bytes):
         raise RemoteProtocolError("a foreign record")
-    return open_record(data)
+    return data
 
 
 def _key_hashes(model: str, peer: PeerId) -> set[bytes]:
@@ -249,7 +265,8 @@ def _rank(record: SignedAnnouncement) -> tuple[int, float, bytes]:
 
 # --- body codec: a flat list, in this order -------------------------------------------------
 
-_FIELD_COUNT = 25
+_FIELDS = (25, 26)
+"""The last field came later: only those that might move have it, and it is not 0."""
 
 
 def _to_body(a: Announcement, expires_s: float) -> list[Any]:
@@ -268,82 +285,57 @@ def _to_body(a: Announcement, expires_s: float) -> list[Any]:
         *(a.free_kv_tokens, a.queue_s, list(a.addresses), [list(pair) for pair in a.neighbours]),
         *(group, a.software, a.issued_s, a.sequence, expires_s),
         *(a.rows, a.busy, a.kv_tokens, place, a.up_bytes_per_s, a.down_bytes_per_s),
+        *((a.most_layers,) if a.most_layers else ()),
     ]
 
 
 def _from_body(body: list[Any]) -> tuple[Announcement, float]:
+    if len(body) not in _FIELDS:
+        raise ValueError("a record of another length")
     version, peer, model, name, layers, span, state, dtype, device, speed, *rest = body
     free, queue_s, addresses, neighbours, group, software, issued_s, sequence, *rest = rest
-    expires_s, rows, busy, kv_tokens, place, up, down = rest
+    expires_s, rows, busy, kv_tokens, place, up, down, *rest = rest
     if version != 2:
         raise ValueError(f"record version {version!r}")
     announcement = Announcement(
-        peer=PeerId(_text(peer, 64)),
-        model=_text(model, 64),
-        model_name=_text(name, 96),
-        layers=_integer(layers, 1 << 12),
-        span=Span(*(_integer(edge, 1 << 12) for edge in _items(span, 2))),
-        state=_text(state, 16),  # type: ignore[arg-type]  # checked by the record
-        dtype=_text(dtype, 16),
-        device=_text(device, 64),
-        speed=Speed(*(_real(value) for value in _items(speed, 4))),
-        free_kv_tokens=_integer(free, 1 << 40),
-        queue_s=_real(queue_s),
-        addresses=tuple(_text(address, 256) for address in _items(addresses)),
+        peer=PeerId(text(peer, 64)),
+        model=text(model, 64),
+        model_name=text(name, 96),
+        layers=integer(layers, 1 << 12),
+        span=Span(*(integer(edge, 1 << 12) for edge in items(span, 2))),
+        state=text(state, 16),  # type: ignore[arg-type]  # checked by the record
+        dtype=text(dtype, 16),
+        device=text(device, 64),
+        speed=Speed(*(real(value) for value in items(speed, 4))),
+        free_kv_tokens=integer(free, 1 << 40),
+        queue_s=real(queue_s),
+        addresses=tuple(text(address, 256) for address in items(addresses)),
         neighbours=tuple(
-            (PeerId(_text(other, 64)), _real(rtt))
-            for other, rtt in (_items(pair, 2) for pair in _items(neighbours))
+            (PeerId(text(other, 64)), real(rtt))
+            for other, rtt in (items(pair, 2) for pair in items(neighbours))
         ),
-        group=None if group is None else _group(_items(group, 4)),
-        software=_text(software, 32),
-        issued_s=_real(issued_s),
-        sequence=_integer(sequence, 1 << 62),
-        rows=_real(rows),
-        busy=_real(busy),
-        kv_tokens=_integer(kv_tokens, 1 << 40),
-        coordinates=None if place is None else _place(_items(place, 5)),
-        up_bytes_per_s=None if up is None else _real(up),
-        down_bytes_per_s=None if down is None else _real(down),
+        group=None if group is None else _group(items(group, 4)),
+        software=text(software, 32),
+        issued_s=real(issued_s),
+        sequence=integer(sequence, 1 << 62),
+        rows=real(rows),
+        busy=real(busy),
+        kv_tokens=integer(kv_tokens, 1 << 40),
+        coordinates=None if place is None else _place(items(place, 5)),
+        up_bytes_per_s=None if up is None else real(up),
+        down_bytes_per_s=None if down is None else real(down),
+        most_layers=integer(rest[0], layers, least=1) if rest else 0,
     )
-    return announcement, _real(expires_s)
+    return announcement, real(expires_s)
 
 
-def _group(items: list[Any]) -> GroupMembership:
-    name, rank, size, epoch = items
+def _group(parts: list[Any]) -> GroupMembership:
+    name, rank, size, epoch = parts
     return GroupMembership(
-        _text(name, 64), _integer(rank, 64), _integer(size, 64), _integer(epoch, 1 << 62)
+        text(name, 64), integer(rank, 64), integer(size, 64), integer(epoch, 1 << 62)
     )
 
 
-def _place(items: list[Any]) -> Coordinates:
-    x, y, z, height_s, error = map(_real, items)
+def _place(parts: list[Any]) -> Coordinates:
+    x, y, z, height_s, error = map(real, parts)
     return Coordinates((x, y, z), height_s, error)
-
-
-def _unpack(data: bytes, count: int) -> list[Any]:
-    value = msgpack.unpackb(data, max_str_len=1024, max_array_len=32, max_map_len=0, max_ext_len=0)
-    return _items(value, count)
-
-
-def _items(value: Any, count: int | None = None) -> list[Any]:
-    if type(value) is not list or (count is not None and len(value) != count):
-        raise ValueError("a list of another length was expected")
-    return value
-
-
-def _text(value: Any, limit: int) -> str:
-    if type(value) is not str or len(value) > limit:
-        raise ValueError("a short text was expected")
-    return value
-
-
-def _integer(value: Any, limit: int) -> int:
-    if type(value) is not int or not 0 <= value <= limit:
-        raise ValueError("a small integer was expected")
-    return value
-
-
-def _real(value: Any) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise ValueError("a finite number was expected")
-    return float(value)

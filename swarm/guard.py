@@ -28,10 +28,12 @@ from typing import Any
 
 import msgpack
 
+from hexswarm.advice import SignedAdvice, check_entry, open_entry
 from hexswarm.clock import Clock
-from hexswarm.directory import EXPIRE_S, MAX_RECORD_BYTES, SKEW_S, check_record, open_value
+from hexswarm.directory import EXPIRE_S, MAX_RECORD_BYTES, SKEW_S
 from hexswarm.errors import RemoteProtocolError
 from hexswarm.quota import address_block
+from hexswarm.records import PeerId
 from hexswarm.shelf import MAX_ENTRIES, Kept, Shelf
 from hexswarm.skew import Sample
 from hexswarm.transports.libp2p import load_hivemind
@@ -132,10 +134,10 @@ def validator(clock: Clock) -> Any:
     """Our admission rule in hivemind's shape; made at run time, for its base class is theirs."""
     base = load_hivemind().RecordValidatorBase
 
-    class AnnouncementValidator(base):  # type: ignore[misc, valid-type]
+    class EntryValidator(base):  # type: ignore[misc, valid-type]
         def validate(self, record: Any) -> bool:
             try:
-                check_record(
+                check_entry(
                     record.key, record.subkey, record.value, record.expiration_time, clock.wall()
                 )
             except RemoteProtocolError as error:
@@ -143,7 +145,7 @@ def validator(clock: Clock) -> Any:
                 return False
             return True
 
-    return AnnouncementValidator()
+    return EntryValidator()
 
 
 async def ask_time(node: Any, clock: Clock, most: int) -> list[Sample]:
@@ -207,15 +209,13 @@ def _storage(shelf: Shelf, clock: Clock) -> Any:
 
         def store_subkey(self, key: Any, subkey: Any, value: Any, expiration_time: float) -> bool:
             try:
-                told = open_value(value)
+                owner, block, sequence = _books(value)
             except RemoteProtocolError:
                 return False
-            word, now = told.announcement, clock.wall()
-            block = next(filter(None, map(address_block, word.addresses)), "")
+            now = clock.wall()
             if expiration_time <= now:
                 return False
-            kept = Kept(block, word.sequence, expiration_time)
-            dropped = shelf.put(key, word.peer, kept, now)
+            dropped = shelf.put(key, owner, Kept(block, sequence, expiration_time), now)
             if dropped is None:
                 return False
             for place, peer in dropped:
@@ -228,6 +228,16 @@ def _storage(shelf: Shelf, clock: Clock) -> Any:
                 del held.value[subkey]
 
     return BoundedStorage()
+
+
+def _books(value: bytes) -> tuple[PeerId, str, int]:
+    """Owner, address block and sequence of an entry; advice claims no address."""
+    entry = open_entry(value)
+    if isinstance(entry, SignedAdvice):
+        return entry.author, "", entry.sequence
+    word = entry.announcement
+    block = next(filter(None, map(address_block, word.addresses)), "")
+    return word.peer, block, word.sequence
 
 
 def use_time(now: Callable[[], float]) -> None:

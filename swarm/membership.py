@@ -14,6 +14,7 @@ import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from hexswarm.advice import SignedAdvice
 from hexswarm.clock import Clock
 from hexswarm.config import ListenConfig, NetworkConfig
 from hexswarm.dht import SwarmDht, load_remembered, save_remembered
@@ -59,7 +60,10 @@ class Membership:
         self.dht: SwarmDht
         self.links: Links
         self._software = software
+        self.advice: tuple[SignedAdvice, ...] = ()
+        """For the model whose advice is followed, as it was read last."""
         self._models: set[str] = set()
+        self._advised: str | None = None
         self._refreshed_s: dict[str, float] = {}
         self._refresher: asyncio.Task[None] | None = None
         self._joined_s = 0.0
@@ -126,6 +130,14 @@ class Membership:
     def follow(self, model: str) -> None:
         """Keep the view of this model (a digest, or INDEX for all) fresh."""
         self._models.add(model)
+
+    def follow_advice(self, model: str) -> None:
+        """Read the advice for this model (a digest) along with the announcements."""
+        self._advised = model
+
+    async def advise(self, record: SignedAdvice) -> bool:
+        """Publish an advice; False if nobody took it."""
+        return await self.dht.advise(record)
 
     def alive(self) -> tuple[Announcement, ...]:
         return self.directory.alive(self.clock.wall())
@@ -198,6 +210,8 @@ class Membership:
             for model in tuple(self._models):
                 try:
                     await self.refresh(model)
+                    if self._advised is not None:
+                        self.advice = tuple(await self.dht.read_advice(self._advised))
                 except Exception as error:  # hivemind raises many kinds; the view stays old
                     log.warning("reading the directory failed: %r", error)
             self.directory.expire(self.clock.wall())

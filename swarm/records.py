@@ -222,8 +222,12 @@ class Announcement:
     """Fastest that it was seen to send; None if not measured."""
     down_bytes_per_s: float | None = None
     """Fastest that it was seen to receive; None if not measured."""
+    most_layers: int = 0
+    """Most layers that it can hold, wherever they begin; 0: it stays where it is."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.most_layers <= self.layers:
+            raise UsageError("a peer holds no more layers than the model has")
         if self.span.end > self.layers:
             raise UsageError(f"span {self.span} reaches beyond layer {self.layers}")
         if self.dtype not in NUMERICS:

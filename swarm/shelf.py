@@ -33,9 +33,9 @@ MAX_ENTRIES = 1500
 """Records under one key: 1,500 of 2 kB are 3.2 MB, below the 4 MiB of one answer."""
 MAX_TOTAL = 20_000
 """Records that one node keeps: 43 MB at their largest, 10 MB as they usually are."""
-MAX_KEYS = 12
+MAX_KEYS = 14
 """Keys under which one identity has records: its model and the index, at three numbers of shards
-each, and the same of the model that it served before."""
+each, and an advice; the same of the model that it served before."""
 SWEEP_S = 5.0
 """What ran out is looked for at most this often."""
 

@@ -116,6 +116,7 @@ def announcements(
         coordinates=draw(st.none() | coordinates),
         up_bytes_per_s=draw(st.sampled_from([None, 2.5e6, 125e6])),
         down_bytes_per_s=draw(st.sampled_from([None, 12.5e6, 125e6])),
+        most_layers=draw(st.sampled_from([0, 1, layers])),
     )
 
 

@@ -90,7 +90,19 @@ def test_a_bad_variable_is_a_usage_error(environment: dict[str, str]) -> None:
         read(PeerConfig, "", environment)
 
 
-@pytest.mark.parametrize("words", ["--port -1", "--dtype int3", "--kv-tokens 3", "--lease-s 0"])
+def test_yes_or_no() -> None:
+    """As two flags, and as a word in the environment."""
+    assert PeerConfig().follow
+    assert not read(PeerConfig, "--no-follow", {"HEXSWARM_FOLLOW": "1"}).follow
+    assert read(PeerConfig, "--follow", {"HEXSWARM_FOLLOW": "no"}).follow
+    assert not read(PeerConfig, "", {"HEXSWARM_FOLLOW": "off"}).follow
+    with pytest.raises(UsageError):
+        read(PeerConfig, "", {"HEXSWARM_FOLLOW": "perhaps"})
+
+
+@pytest.mark.parametrize(
+    "words", ["--port -1", "--hole-s -1", "--dtype int3", "--kv-tokens 3", "--lease-s 0"]
+)
 def test_a_flag_out_of_range_is_a_usage_error(words: str) -> None:
     with pytest.raises(UsageError):
         read(PeerConfig, words)

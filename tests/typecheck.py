@@ -20,6 +20,9 @@ ROOT = Path(__file__).parent.parent
 STRICT_PEER = (
     *("actions", "admission", "cache", "load", "neighbours", "pace", "promises", "scheduler"),
     *("sessions", "stage", "steps", "tracing", "journal", "order", "resume"),
+    *("cuts", "shares", "slices"),
+    *("gauges", "placement", "advising"),
+    *("collective", "exchange", "patience", "reduction", "spreading"),
 )
 """Modules of peer/ that are held to strict typing; swarm/ and router/ are as a whole."""
 

@@ -14,6 +14,8 @@ then one peer searches a whole placement and publishes it, as *moves in an order
   such an order was among 30 random greedy ones; without one no advice is given. Peers that drop
   their layers before they load others (`beside` is False: one memory does not hold both) have to be
   spared meanwhile, too.
+- Nobody moves for `READ_S`: who values an advice while its first movers are already away sees less
+  to gain, refuses, and stops all those behind it (0.37 of the bound on one site instead of 0.74).
 - Peers move in turn: as many at a time as `width` says, each when those before it have arrived, as
   announcements tell. So the rate adapts to how long loading takes. If nobody moves for
   `PATIENCE_S`, because one has left or will not follow, or for `LOADING_S` while one is loading,
@@ -55,6 +57,8 @@ BUSY_SHARE = 0.04
 REST_SHARE = 0.125
 PATIENCE_S = 90.0
 LOADING_S = 900.0
+READ_S = 15.0
+"""Until everybody has read an advice: nobody moves before, so that all value the same swarm."""
 TRIES = 20
 STEPS = 20_000
 """Of each try: all take about two seconds for 24 peers."""
@@ -237,7 +241,7 @@ class Follower:
         Who serves nothing now (None in `served`) has not arrived, and is waited for.
         """
         advice = self.advice
-        if advice is None:
+        if advice is None or now < advice.made_s + READ_S:
             return None
         left = tuple(
             move for move in advice.moves if move.peer in served and served[move.peer] != move.to
@@ -249,9 +253,9 @@ class Follower:
             self.advice, self._done_s = None, advice.made_s
             return None
         many = width(len(served), busy=busy)
-        if busy:  # so many a minute since it was made
+        if busy:  # so many a minute since it was read
             done = len(advice.moves) - len(left)
-            if now < advice.made_s + 60.0 * (done // many):
+            if now < advice.made_s + READ_S + 60.0 * (done // many):
                 return None
         mine = next((move for move in left[:many] if move.peer == self.peer), None)
         if mine is None or mine.to is None or self.peer in moving:

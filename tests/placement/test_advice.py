@@ -134,7 +134,7 @@ def test_an_advice_that_stalls_is_dropped(stuck: tuple[Census, Advice]) -> None:
     last = Follower(found.moves[-1].peer)
     assert last.hear(found, census, LOAD_S)
     served = dict(zip(census.peers, census.spans, strict=True))
-    assert last.turn(served, {}, LAYERS, found.made_s + 1.0) is None
+    assert last.turn(served, {}, LAYERS, found.made_s + advice.READ_S) is None
     assert last.advice is not None
     assert last.turn(served, {}, LAYERS, found.made_s + advice.PATIENCE_S + 1.0) is None
     assert last.advice is None
@@ -191,7 +191,7 @@ def test_who_drops_its_layers_first_moves_when_others_serve_them() -> None:
 
     def turn(served: dict[str, Span | None], moving: dict[str, Span]) -> Span | None:
         follower.advice = Advice(1, (Move("n0", Span(4, 8)),), 1.0, 0.0)
-        return follower.turn(served, moving, 8, 1.0)
+        return follower.turn(served, moving, 8, advice.READ_S)
 
     here: dict[str, Span | None] = {"n0": Span(0, 4), "n1": Span(4, 8), "n2": Span(0, 4)}
     assert turn(here, {}) == Span(4, 8)
@@ -222,10 +222,11 @@ def test_nobody_gives_up_the_last_copy_in_its_own_view() -> None:
     follower = Follower("n0")
     follower.advice = Advice(1, (Move("n0", Span(4, 8)),), 1.0, 0.0)
     both = {"n0": Span(0, 4), "n1": Span(0, 4)}
-    assert follower.turn(both, {}, 8, 1.0) == Span(4, 8)
+    assert follower.turn(both, {}, 8, advice.READ_S - 1.0) is None
+    assert follower.turn(both, {}, 8, advice.READ_S) == Span(4, 8)
     follower.advice = Advice(1, (Move("n0", Span(4, 8)),), 1.0, 0.0)
     other = {"n0": Span(0, 4), "n1": Span(4, 8)}
-    assert follower.turn(other, {}, 8, 1.0) is None
+    assert follower.turn(other, {}, 8, advice.READ_S) is None
     assert follower.advice is not None
     assert advice.judge(follower.advice, census, LOAD_S).before == 0
 

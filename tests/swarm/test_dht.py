@@ -17,6 +17,7 @@ from typing import Any
 import msgpack
 import pytest
 
+from hexswarm import advice
 from hexswarm.clock import RealClock
 from hexswarm.dht import (
     SwarmDht,
@@ -197,6 +198,32 @@ def test_hostile_records_are_refused_on_the_wire(tmp_path: Path) -> None:
                 assert honest in found
                 assert await a.dht.read(MODEL) == await b.dht.read(MODEL)
                 await villain.node.shutdown()
+
+    asyncio.run(act())
+
+
+@pytest.mark.end_to_end
+def test_advice_travels_and_only_in_its_authors_name(tmp_path: Path) -> None:
+    async def act() -> None:
+        async with nodes(tmp_path, 2) as (a, b):
+            moves = ((advice.tail_of(a.peer), Span(0, 3)),)
+            said = advice.Proposal(b.peer, MODEL, 6, moves, 10.0, 1, time.time())
+            first = advice.sign(said, b.identity)
+            assert await b.dht.advise(first)
+            newer = advice.sign(replace(said, issued_s=said.issued_s + 1.0), b.identity)
+            assert await b.dht.advise(newer)
+            assert not await a.dht.advise(first), "an older one"
+            for reader in (a, b):
+                assert await reader.dht.read_advice(MODEL) == [newer]
+                assert await reader.dht.read_advice("cd" * 32) == []
+                assert await reader.dht.read(MODEL) == []
+            key, expires_s = advice.advice_key(MODEL), newer.expires_s
+            put = a.dht._node.store
+            assert not await put(key, newer.data, expires_s, subkey=a.peer)
+            assert not await put(key, newer.data, expires_s + 3.0, subkey=b.peer)
+            other = advice.advice_key("cd" * 32)
+            assert not await put(other, newer.data, expires_s, subkey=b.peer)
+            assert not await put(key, a.word().data, a.word().expires_s, subkey=a.peer)
 
     asyncio.run(act())
 
