@@ -166,7 +166,6 @@ class Advising:
         return (
             told.model == self._model
             and told.layers == len(self._longest)
-            and told.author in census.peers
             and -SKEW_S <= now - told.issued_s < YOUNG_S
             and told.author
             in heapq.nsmallest(DRAWN, census.peers, key=lambda peer: advice.lot(peer, minute))

@@ -140,6 +140,17 @@ def test_a_peer_that_gains_little_stays() -> None:
     assert joining.reconsider(offer, Span(0, 2), much) == Span(2, 4)
 
 
+def test_nobody_leaves_layers_to_one_who_only_claims_them() -> None:
+    """A claim may come to nothing; only a peer that serves can take over."""
+    offer = Offer("me", 4, (0.0, 20.0, 10.0))
+    thin = [Holder(f"p{n}", Span(n, n + 1), 10.0) for n in (2, 3)]
+    for takes_over, wished in ((None, Span(2, 4)), (1.0, None)):
+        big = Holder("big", Span(0, 2), 500.0, claimed_s=takes_over)
+        assert joining.reconsider(offer, Span(0, 2), [*thin, big]) == wished
+    leaving = Holder("big", Span(0, 2), 500.0, leaving=True)
+    assert joining.reconsider(offer, Span(0, 2), [*thin, leaving]) is None
+
+
 @pytest.mark.parametrize(("from_a", "from_b", "chosen"), [(90.0, 0.0, 2), (0.0, 90.0, 5)])
 def test_a_joiner_goes_where_its_links_are_wide(from_a: float, from_b: float, chosen: int) -> None:
     """Layers 2 and 5 are as thin; one has a way from the peer that ends before it."""

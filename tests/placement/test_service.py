@@ -44,6 +44,14 @@ def test_too_little_flow_is_worse_than_any_latency() -> None:
     assert -1 <= slow < 0, "the slow half passes 20 tokens a second of the 480 that are needed"
 
 
+def test_the_flow_must_exceed_the_load_by_a_fifth() -> None:
+    cluster, units = world([profile(8)])
+    objective = Objective(Latency(cluster, MODEL, units), Target(load(100.0)))
+    first, end = arrays([Span(0, LAYERS)])
+    assert objective(first, end, 119.0) == pytest.approx(119 / 120 - 1)
+    assert objective(first, end, 121.0) > 0
+
+
 def test_the_best_of_all_placements_is_found() -> None:
     cluster, units = world([profile(5), profile(5, slower=1.5), profile(8, slower=3)])
     target = Target(load(100.0))
