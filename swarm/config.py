@@ -178,7 +178,10 @@ class PeerConfig(ListenConfig):
     def __post_init__(self) -> None:
         ListenConfig.__post_init__(self)
         if self.metrics_port is not None and not 0 <= self.metrics_port < 1 << 16:
-            raise UsageError("metrics_port is a port, or 0")
+            raise UsageError(
+                f"{self.metrics_port} is not a port",
+                remedy="--metrics-port takes 1 to 65535, or 0 for any that is free",
+            )
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise UsageError(f"unknown dtype {self.dtype!r}", remedy=f"use {', '.join(DTYPES)}")
         if self.quant not in QUANTS:

@@ -17,6 +17,7 @@ from hexswarm.router.placement import groups, speeds
 from hexswarm.router.placement.cluster import Cluster, GpuSpec, parse
 from hexswarm.router.placement.plan import Plan
 from hexswarm.router.placement.regroup import regrouped
+from tests.placement.worlds import CONSTANTS
 
 MODEL = "llama-70b"
 BIG = {"fp16_tflops": 155, "memory_gb_s": 768, "memory_gib": 48, "intra_machine_gb_s": 12}
@@ -79,18 +80,7 @@ def cluster(lan_rtt_ms: float = 1.0, access_ms: float = 0.2, count: int = 8) -> 
                 "intra_region": {"gbit_s": 5, "rtt_ms": lan_rtt_ms},
                 "inter_region": [["here", "there", 1, 60]],
             },
-            "analytic_profile": {
-                "em": 0.6,
-                "ed": 0.4,
-                "ep": 0.45,
-                "fixed_ms": 0.05,
-                "hop_ms": 0.02,
-                "usable_memory": 0.9,
-                "hwm": 0.5,
-                "weights_share_max": 0.6,
-                "max_batch": 512,
-                "in_flight_max": 4096,
-            },
+            "analytic_profile": CONSTANTS,
         }
     )
 

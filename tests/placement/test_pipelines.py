@@ -25,23 +25,12 @@ from hexswarm.router.placement.cluster import (
 from hexswarm.router.placement.flow import Flow
 from hexswarm.router.placement.partition import disjoint
 from hexswarm.router.placement.pipelines import Builder, Part, quickest
+from tests.placement.worlds import CONSTANTS
 
 SMALL = Model("small", 6, 1e9, 16384, 2, 4096, 80, 80, 2048)
 KINDS = {
     "fast": GpuSpec(155e12, 768e9, 4e9, 12e9),
     "slow": GpuSpec(77e12, 448e9, 3e9, 12e9),
-}
-CONSTANTS = {
-    "em": 0.6,
-    "ed": 0.4,
-    "ep": 0.45,
-    "fixed_ms": 0.05,
-    "hop_ms": 0.02,
-    "usable_memory": 0.9,
-    "hwm": 0.5,
-    "weights_share_max": 0.6,
-    "max_batch": 512,
-    "in_flight_max": 4096,
 }
 
 

@@ -12,6 +12,21 @@ ONWARD, ID = 90.0, 10.0
 """Bytes of a token's hidden state and of its id; together 100, so that rates are easy to read."""
 
 
+CONSTANTS = {
+    "em": 0.6,
+    "ed": 0.4,
+    "ep": 0.45,
+    "fixed_ms": 0.05,
+    "hop_ms": 0.02,
+    "usable_memory": 0.9,
+    "hwm": 0.5,
+    "weights_share_max": 0.6,
+    "max_batch": 512,
+    "in_flight_max": 4096,
+}
+"""Of analytic profiles, as in the clusters of HexGen."""
+
+
 def model(layers: int) -> Model:
     return Model("m", layers, 1e6, ONWARD, ID, 10.0, 100.0, 50.0, 200)
 
