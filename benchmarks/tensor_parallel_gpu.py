@@ -110,7 +110,10 @@ def work(rank: int, ranks: int, port: int, given: argparse.Namespace) -> None:
     )
     sums = DeviceSums(distributed.group.WORLD, capturable=on_gpu)
     report: dict[str, Any] = {"gpus": ranks, "torch": torch.__version__, "ctx": given.ctx}
-    report["parity"] = parity(rank, ranks, sums, device)
+    report["parity"] = {"library": parity(rank, ranks, sums, device)}
+    if on_gpu and sums.link(SMALL.hidden, torch.float32, torch.device(device)):
+        report["parity"]["linked"] = parity(rank, ranks, sums, device)
+        sums.linked = None
     shape = SHAPES[given.shape]
     layers = given.layers or shape.layers
     config, span = shape.config(layers), Span(1, 1 + layers)
@@ -124,19 +127,35 @@ def work(rank: int, ranks: int, port: int, given: argparse.Namespace) -> None:
         return shard, shard.make_pool(blocks, BLOCK)
 
     shard, pool = build(cut.parts[rank])
+    linked_pool = None  # a pool has its own graphs
+    if on_gpu and sums.link(shape.hidden, dtype, torch.device(device)):
+        linked, sums.linked = sums.linked, None
+        linked_pool = shard.make_pool(blocks, BLOCK)
     whole = build(None) if rank == 0 else None
     report["rows"] = {}
     for rows in given.batch:
         distributed.barrier()
         together = step_s(shard, pool, rows, given.ctx, device)
         distributed.barrier()
+        through_links = None
+        if linked_pool is not None:
+            sums.linked = linked
+            through_links = step_s(shard, linked_pool, rows, given.ctx, device)
+            assert not linked.lost
+            sums.linked = None
+            distributed.barrier()
         if whole is not None:
             alone = step_s(*whole, rows, given.ctx, device)
             report["rows"][str(rows)] = {
                 "one_ms": round(alone * 1e3, 3),
-                "all_ms": round(together * 1e3, 3),
-                "ratio": round(alone / together, 3),
+                "library_ms": round(together * 1e3, 3),
+                "library_ratio": round(alone / together, 3),
             }
+            if through_links is not None:
+                report["rows"][str(rows)] |= {
+                    "linked_ms": round(through_links * 1e3, 3),
+                    "ratio": round(alone / through_links, 3),
+                }
         distributed.barrier()
     if rank == 0:
         report["device"] = torch.cuda.get_device_name(0) if on_gpu else "cpu"

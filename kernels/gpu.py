@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from hexswarm.kernels import elementwise, reference
+from hexswarm.kernels.linked import Linked
 from hexswarm.kernels.paged import PagedDecode, Plan
 from hexswarm.kernels.product import product, project
 from hexswarm.kernels.quantise import Quantised
@@ -55,10 +56,12 @@ class GpuLayers:
         *,
         graphs: bool = True,
         total: Callable[[Tensor], Tensor] | None = None,
+        linked: Linked | None = None,
     ) -> None:
         """`blocks` of `block` tokens are in the pool; the rotation has `frequencies`, `scaling`.
 
-        `total`, if given, sums over the ranks of a tensor-parallel group what each computed.
+        `total`, if given, sums over the ranks of a tensor-parallel group what each computed;
+        `linked` does so in one launch where the ranks' memory is linked.
 
         Without `graphs` the layers may lie on a CPU, where Triton interprets its kernels.
         """
@@ -67,7 +70,7 @@ class GpuLayers:
         most = BUCKETS[-1]
         self._layers = tuple(layers)
         self._frequencies, self._scaling, self._graphs_on = frequencies, scaling, graphs
-        self._total = total
+        self._total, self._linked = total, linked
         parallel = max(4 * _processors(device) // first.kv_heads, 1)
         self._plan = Plan(most, most * blocks, device, parallel)
         self._paged = PagedDecode(self._plan, first.heads, first.kv_heads, first.head_dim, block)
@@ -150,17 +153,27 @@ class GpuLayers:
         product(y, layer.qkv, qkv, bias=layer.qkv_bias)
         rope_append_(qkv, rope, slots, cache, layer.heads, layer.qk_norm, layer.eps)
         self._paged.attend(qkv, cache, attended, layer.head_dim**-0.5, layer.window)
-        self._add(x, attended, layer.o, layer.o_bias)
+        self._add(x, attended, layer.o, layer.o_bias, 0)
         y = elementwise.rms_norm(x, layer.post_norm, layer.eps)
         product(y, layer.gate_up, middle, bias=layer.gate_up_bias, gated=True)
-        self._add(x, middle, layer.down, layer.down_bias)
+        self._add(x, middle, layer.down, layer.down_bias, 1)
 
-    def _add(self, x: Tensor, y: Tensor, weight: Tensor | Quantised, bias: Tensor | None) -> None:
+    def _add(
+        self,
+        x: Tensor,
+        y: Tensor,
+        weight: Tensor | Quantised,
+        bias: Tensor | None,
+        turn: int,
+    ) -> None:
         """x += y @ weight + bias, of all ranks."""
-        if self._total is None:
-            product(y, weight, x, bias=bias, add=True)
-        else:
+        if self._linked is not None:
+            product(y, weight, self._linked.place(turn, x.shape[0]), bias=bias)
+            self._linked.add_(x, turn)
+        elif self._total is not None:
             x.add_(self._total(project(y, weight, bias)))
+        else:
+            product(y, weight, x, bias=bias, add=True)
 
 
 def _inputs(weight: Tensor | Quantised) -> int:

@@ -7,16 +7,28 @@ Nothing here waits on the host, so a CUDA graph can hold the sums: capture once 
 the layers as they are (`hexswarm.kernels.gpu` does), since NCCL connects at its first sum.
 
 Start NCCL with NCCL_NVLS_ENABLE=0: multicast over NVLink needs rights that containers often lack.
+Where the GPUs can read each other's memory (`link`), decode steps add up through that instead, in
+one launch (`hexswarm.kernels.linked`); NCCL keeps the rest, prompts and logits.
+
 Process groups of gloo do too, for tests; between processes on CPUs `hexswarm.peer.shared_sums` is
 faster.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from hexswarm.kernels.linked import Linked
+
+log = logging.getLogger(__name__)
+
+LINKED_ROWS = 64
+"""Most rows of a decode step whose terms have room in linked memory."""
 
 
 class DeviceSums:
@@ -25,6 +37,22 @@ class DeviceSums:
     def __init__(self, group: Any, *, capturable: bool) -> None:
         """`group` is a `torch.distributed.ProcessGroup`; `capturable` if it is NCCL's."""
         self._group, self.capturable = group, capturable
+        self.linked: Linked | None = None
+        """For decode steps, after `link`."""
+
+    def link(self, width: int, dtype: torch.dtype, device: torch.device) -> bool:
+        """Link the ranks' memory, for terms of `width` columns; all ranks call it, first of all.
+
+        False where GPUs cannot read each other's memory: sums go through NCCL then.
+        """
+        try:
+            self.linked = _link(self._group, LINKED_ROWS, width, dtype, device)
+        except (RuntimeError, ImportError) as error:
+            log.info("the GPUs' memory cannot be linked: %s", error)
+        agreed = torch.tensor([self.linked is not None], dtype=torch.float32, device=device)
+        if int(self.total(agreed).item()) < self._group.size():
+            self.linked = None
+        return self.linked is not None
 
     def total(self, x: Tensor) -> Tensor:
         out = x.float()
@@ -36,3 +64,27 @@ class DeviceSums:
         out = torch.zeros(len(x), width, dtype=torch.float32, device=x.device)
         out[:, columns.start : columns.stop] = x
         return self.total(out)
+
+
+def _link(group: Any, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Linked:
+    """Raises RuntimeError if the ranks cannot read each other's memory."""
+    from torch.distributed import _symmetric_memory as symmetric  # NVIDIA and AMD alone have it
+
+    from hexswarm.kernels.linked import ALONE, TURNS, Linked
+
+    size, rank = group.size(), group.rank()
+    terms, flags = TURNS * rows * width, TURNS * ALONE * size
+    flag_bytes = 4 * flags
+    own = symmetric.empty(flag_bytes + terms * dtype.itemsize, dtype=torch.uint8, device=device)
+    own.zero_()
+    torch.cuda.synchronize(device)
+    handle = symmetric.rendezvous(own, group.group_name)
+    shape, skip = (TURNS, rows, width), flag_bytes // dtype.itemsize
+    lost = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+    linked = Linked(
+        [handle.get_buffer(one, shape, dtype, skip) for one in range(size)],
+        [handle.get_buffer(one, (TURNS, ALONE, size), torch.int32) for one in range(size)],
+        *(rank, lost),
+    )
+    linked.owner = (own, handle)
+    return linked

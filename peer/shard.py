@@ -306,6 +306,7 @@ class Shard:
                 *(pool.blocks, pool.block_size),
                 graphs=self.device.type == "cuda",
                 total=self.sums.total if self.sums else None,
+                linked=getattr(self.sums, "linked", None),
             )
         return found
 
