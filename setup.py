@@ -31,7 +31,9 @@ class BuildOptional(build_ext):
 LAYERS = Extension(
     "hexswarm.kernels._native",
     sources=["kernels/native.c"],
-    depends=["kernels/native_layers.h"],  # also puts it into the source distribution
+    depends=[  # also puts them into the source distribution
+        *("kernels/native_layers.h", "kernels/native_tiles.h"),
+    ],
     extra_compile_args=[
         *("-std=c11", "-O3", "-g0", "-pthread"),
         *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),

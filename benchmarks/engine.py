@@ -20,7 +20,8 @@ a single session; and whether sessions of a batch of 32 hear what each hears alo
 
     python benchmarks/engine.py --device cuda [--shape 8b 70b] [--batch 1 16 64] [--quant int8 int4]
 
-measures layers with random weights on a GPU instead: see `engine_gpu.py`.
+measures layers with random weights on a GPU instead: see `engine_gpu.py`, and `engine_moe.py` for
+`--shape moe`.
 """
 
 from __future__ import annotations
@@ -235,7 +236,9 @@ def main() -> None:
     parser.add_argument("--rows", action="store_true", help="the figures that have a bar")
     gpu = parser.add_argument_group("on a GPU")
     gpu.add_argument("--device", default="cpu")
-    gpu.add_argument("--shape", nargs="*", choices=["8b", "70b", "tiny"], default=["8b", "70b"])
+    gpu.add_argument(
+        "--shape", nargs="*", choices=["8b", "70b", "tiny", "moe"], default=["8b", "70b"]
+    )
     gpu.add_argument("--layers", type=int, help="default: 32 of 8b, 16 of 70b")
     gpu.add_argument("--batch", type=int, nargs="*", default=[1, 16, 64])
     gpu.add_argument("--ctx", type=int, default=1024)

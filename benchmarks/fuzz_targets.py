@@ -31,7 +31,17 @@ from hexswarm.guard import guard_decoding, unpack_dictionary
 from hexswarm.headers import check_safetensors
 from hexswarm.identity import Identity
 from hexswarm.messages import _KINDS, Message, decode, encode
-from hexswarm.records import Announcement, Coordinates, GroupMembership, PeerId, Span, Speed
+from hexswarm.peer.groups import invitation
+from hexswarm.peer.groups.invitation import Invitation, Seat, open_invitation
+from hexswarm.records import (
+    Announcement,
+    Coordinates,
+    GroupMembership,
+    GroupOffer,
+    PeerId,
+    Span,
+    Speed,
+)
 from hexswarm.templates import RENDER_S, Templates
 from hexswarm.transports.libp2p import load_hivemind
 from hexswarm.wire import FrameDecoder, pack
@@ -124,9 +134,10 @@ def announcement(peer: PeerId, **changes: Any) -> Announcement:
         "state": "online", "dtype": "float32", "device": "cpu",
         "speed": Speed(0.001, 0.0001, 0.002), "free_kv_tokens": 4096, "queue_s": 0.0,
         "addresses": ("/ip4/10.0.0.1/tcp/31337",), "neighbours": ((KEYS[0].peer, 0.01),),
-        "group": GroupMembership("g", 0, 2, 1), "issued_s": NOW, "sequence": 7,
+        "group": GroupMembership("g", 0, 2, 1, (600, 400)), "issued_s": NOW, "sequence": 7,
         "coordinates": Coordinates((0.1, 0.2, 0.3), 0.01, 0.1),
         "up_bytes_per_s": 1e6, "down_bytes_per_s": 1e7,
+        "offer": GroupOffer("lab", 1 << 30, "10.0.0.1", 4711),
     }  # fmt: skip
     return Announcement(**{**values, **changes})
 
@@ -183,6 +194,39 @@ def _resigned(data: bytes, rng: random.Random) -> bytes:
     context = b"hexswarm/1 advice\0" if kind else b"hexswarm/1 announcement\0"
     resigned: bytes = msgpack.packb([*kind, body, rng.choice(KEYS).sign(context + body)])
     return resigned
+
+
+INVITATIONS = [
+    invitation.sign(
+        Invitation(
+            *("lab", 3, MODEL, 30, Span(0, 10), "float32", (600, 400)),
+            (Seat(key.peer, "10.0.0.1", 4711), Seat(PeerId("other"), "10.0.0.2", 4712)),
+            *(4096, NOW + 60),
+        ),
+        key,
+    )
+    for key in KEYS
+]
+
+
+def invitations(rng: random.Random) -> tuple[Call, bytes]:
+    """What a leader sends to those whom it wants, altered on the way."""
+    data = mutate(rng.choice(INVITATIONS), rng, INVITATIONS)
+    if resigned := rng.random() < 0.5:
+        body = mutate_tree(msgpack.unpackb(rng.choice(INVITATIONS))[0], rng)
+        signature = rng.choice(KEYS).sign(b"hexswarm/1 invitation\0" + body)
+        data = msgpack.packb([body, signature])
+
+    def call() -> bool:
+        try:
+            found = open_invitation(data)
+        except RemoteProtocolError:
+            return False
+        if not resigned and data not in INVITATIONS:
+            raise Forgery(f"taken as {found.leader}")
+        return True
+
+    return call, data
 
 
 def dictionaries(rng: random.Random) -> tuple[Call, bytes]:
@@ -349,5 +393,6 @@ def decoders() -> list[Target]:
         Target("frames", 20, frames),
         Target("messages", 20, messages),
         Target("records", 10, records),
+        Target("invitations", 4, invitations),
         Target("dictionaries", 10, dictionaries),
     ]

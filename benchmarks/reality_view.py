@@ -33,7 +33,8 @@ def paced(view: Snapshot, ratios: Mapping[PeerId, float], usual: float) -> Snaps
 
 
 def _word(said: Mapping[str, Any]) -> Announcement:
-    facts = {name: value for name, value in said.items() if name not in ("serving", "group")}
+    left = ("serving", "group", "offer")
+    facts = {name: value for name, value in said.items() if name not in left}
     place = facts["coordinates"]
     return Announcement(
         **{

@@ -13,11 +13,14 @@ median, and the fastest tenth, which is what a neighbour on the machine has not 
 that computes all the time loses more to neighbours than one that waits, so "processor" puts the
 step together from the processor time of each member for each half of a layer.
 *sums*: 8 KB between two processes, through shared memory against gloo, by turns.
+*group*: peers of a LAN group (`tensor_parallel_group.py`): the member is killed and frozen amid an
+answer, `--strikes` times each; seconds until clients know, the record is gone, and it serves again.
 
     python benchmarks/tensor_parallel.py --device cuda [--batch 1 32] [--ctx 1024]
 
-measures a stage over all GPUs of the machine instead: see `tensor_parallel_gpu.py`. Ratios travel,
-absolute numbers do not. The last line is one JSON object.
+measures a stage over all GPUs of the machine instead: see `tensor_parallel_gpu.py`, and
+`tensor_parallel_product.py`, which `--rows product` runs on a CPU, too. Ratios travel, absolute
+numbers do not. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tensor_parallel_group import group
 from torch import Tensor, distributed, multiprocessing
 
 from hexswarm.config import DEFAULT_MODEL
@@ -346,16 +350,19 @@ def _swap(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    every = ["sums", "pair", "memory", "parity"]
-    parser.add_argument("--rows", nargs="*", choices=every, default=every)
+    every = ["sums", "pair", "memory", "parity", "group"]
+    parser.add_argument("--rows", nargs="*", choices=[*every, "product"], default=every)
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=60)
+    parser.add_argument("--strikes", type=int, default=4, help="kills, and as many freezes")
     gpu = parser.add_argument_group("on GPUs")
     gpu.add_argument("--device", default="cpu")
     gpu.add_argument("--ranks", type=int, help="default: all GPUs")
     gpu.add_argument("--shape", choices=["8b", "70b", "tiny"], default="70b")
     gpu.add_argument("--layers", type=int, help="default: 32 of 8b, 16 of 70b")
+    gpu.add_argument("--product-layers", type=int, default=8, help="of the peer's decode step")
+    gpu.add_argument("--scratch", help="folder for models, 2 GB a layer of 70b")
     gpu.add_argument("--batch", type=int, nargs="*", default=[1, 32])
     gpu.add_argument("--ctx", type=int, default=1024)
     given = parser.parse_args()
@@ -386,6 +393,14 @@ def main() -> None:
                 )
             }
             print(f"parity: {report['parity']}", flush=True)
+        if "product" in given.rows:
+            import tensor_parallel_product
+
+            report["product"] = tensor_parallel_product.main(given)
+        if "group" in given.rows:
+            folder = small_model(default_home())
+            report["group"] = group(DEFAULT_MODEL, folder.spec.layers, given.strikes)
+            print(f"group: {report['group']}", flush=True)
     print(json.dumps(report))
 
 

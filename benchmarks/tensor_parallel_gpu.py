@@ -4,6 +4,8 @@ One process a GPU, NCCL, decode steps as one CUDA graph each, sums included. Fir
 model in float32, cut over all ranks, against itself on one GPU. Then the decode step of layers of
 the middle of a model, random weights, bfloat16, context as asked: all GPUs together, and GPU 0
 alone with whole layers, in the same process, by turns. Medians by CUDA events at rank 0.
+
+Then the same through the peer's own door, see `tensor_parallel_product.py`.
 """
 
 from __future__ import annotations
@@ -12,9 +14,12 @@ import argparse
 import json
 import os
 import socket
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import tensor_parallel_product
 import torch
 from engine_gpu import BLOCK, SHAPES, STEPS, RandomTensors, timed
 from torch import distributed, multiprocessing
@@ -162,8 +167,9 @@ def work(rank: int, ranks: int, port: int, given: argparse.Namespace) -> None:
         report["backend"] = shard.backend
         for rows, found in report["rows"].items():
             print(f"decode batch {rows}: {found}", flush=True)
-        print(json.dumps(report), flush=True)
-    distributed.destroy_process_group()
+        Path(given.report).write_text(json.dumps(report))
+    distributed.barrier()
+    os._exit(0)  # NCCL may wait for ever for graphs that hold its sums
 
 
 def main(given: argparse.Namespace) -> None:
@@ -171,4 +177,11 @@ def main(given: argparse.Namespace) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    multiprocessing.spawn(work, args=(ranks, port, given), nprocs=ranks)
+    with tempfile.TemporaryDirectory() as temporary:
+        given.report = str(Path(temporary) / "report.json")
+        multiprocessing.spawn(work, args=(ranks, port, given), nprocs=ranks)
+        report = json.loads(Path(given.report).read_text())
+    print(json.dumps(report), flush=True)  # in case that what follows fails
+    config = SHAPES[given.shape].config(given.product_layers - 2)
+    report["product"] = tensor_parallel_product.main(given, config)
+    print(json.dumps(report), flush=True)

@@ -8,7 +8,7 @@ operations of `hexswarm.kernels.compiled`; decode steps run as whole layers in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Protocol, cast
@@ -16,9 +16,9 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from hexswarm.kernels import native
+from hexswarm.kernels import choice, native
 from hexswarm.kernels.quantise import Quantised
-from hexswarm.kernels.ragged import Piece
+from hexswarm.kernels.ragged import Extent, Piece
 
 
 class Operations(Protocol):
@@ -51,6 +51,18 @@ class Operations(Protocol):
         self, x: Tensor, y: Tensor, weight: Tensor | Quantised, bias: Tensor | None = None
     ) -> Tensor: ...
 
+    def route(self, scores: Tensor, chosen: int, normalised: bool) -> tuple[Tensor, Tensor]: ...
+
+    def mix(
+        self,
+        x: Tensor,
+        shares: Tensor,
+        experts: Tensor,
+        gate_up: Tensor | Sequence[Quantised],
+        down: Tensor | Sequence[Quantised],
+        first: int = 0,
+    ) -> Tensor: ...
+
     def attend(self, q: Tensor, cache: Tensor, pieces: Sequence[Piece], scale: float) -> Tensor: ...
 
 
@@ -60,6 +72,25 @@ BACKENDS: dict[str, str] = {
     "triton": "hexswarm.kernels.compiled",
 }
 """The module of each backend's operations."""
+
+Picker = Callable[[Tensor, Tensor], Tensor]
+
+PREFILL = "several"
+"""When prompts go through `hexswarm.kernels.prefill` on a GPU instead of PyTorch's attention: when
+there are "several" sessions in the batch, or a prefix; "always"; or "never"."""
+
+MIXTURES = "loop"
+"""How a mixture of experts is computed on a GPU: one expert after another, or "grouped", by
+`hexswarm.kernels.experts` and inside the graph. That compiles for an H100 and agrees where Triton
+is interpreted, but has not run on a card yet."""
+
+
+def ragged_prefill(extents: Sequence[Extent], rule: str | None = None) -> bool:
+    """Whether one launch for all these sessions is expected to be faster than one for each."""
+    rule = rule or PREFILL
+    if rule != "several":
+        return rule == "always"
+    return len(extents) > 1 or extents[0].position > 0
 
 
 def choose(device: torch.device, dtype: torch.dtype, head_dim: int = 64) -> str:
@@ -73,6 +104,13 @@ def choose(device: torch.device, dtype: torch.dtype, head_dim: int = 64) -> str:
 def operations(backend: str) -> Operations:
     """The operations of a backend; KeyError for an unknown name."""
     return cast(Operations, import_module(BACKENDS[backend]))
+
+
+def picker(device: torch.device) -> Picker:
+    """The `hexswarm.kernels.choice.pick` for logits that lie there."""
+    if device.type == "cuda" and _young(device) and find_spec("triton") is not None:
+        return cast(Picker, import_module("hexswarm.kernels.sample").pick)
+    return choice.pick
 
 
 def gpu_layers(*args: Any, **options: Any) -> Any:

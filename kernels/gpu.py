@@ -3,6 +3,9 @@
     norm - product - rotate and append - attend - join - product + residual -
     norm - product with SiLU behind it - product + residual
 
+(A mixture of experts has six in place of the last two: scores, and those of
+`hexswarm.kernels.experts`.)
+
 A decode step reads the weights and the keys once; an H100 does that for a layer of an 8B model in
 150 us, in which a CPU launches thirty kernels. So the step is a CUDA graph for each bucket of batch
 sizes and each part of the span that sessions use, and replayed. What changes from step to step
@@ -25,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hexswarm.kernels import elementwise, reference
+from hexswarm.kernels import elementwise, experts, reference
 from hexswarm.kernels.linked import Linked
 from hexswarm.kernels.paged import PagedDecode, Plan
 from hexswarm.kernels.product import product, project
@@ -40,7 +43,7 @@ GRAPHS = 64
 
 
 class GpuLayers:
-    """The layers of a shard (`DecoderLayer`s) on one GPU, for batches of decode steps.
+    """The layers of a shard on one GPU, `DecoderLayer`s and mixtures, for batches of decode steps.
 
     Matrices lie `[out, in]` and are named `[in, out]`, or are `Quantised`. One thread owns it, with
     the layers' device as the current one.
@@ -82,7 +85,8 @@ class GpuLayers:
         self.x = room(first.input_norm.shape[0])
         """The batch: hidden states in, hidden states out."""
         self._qkv, self._attended = room(width), room(first.heads * first.head_dim)
-        self._middle = room(_inputs(first.down))
+        dense = [_inputs(layer.down) for layer in layers if not _mixed(layer)]
+        self._middle = room(max(dense, default=0))
         self._places = torch.full((2, most), -1, dtype=torch.int64, device=device)
         """Positions and slots."""
         self._met: set[tuple[int, int, int]] = set()
@@ -148,15 +152,35 @@ class GpuLayers:
         self, layer: Any, x: Tensor, rope: tuple[Tensor, Tensor], slots: Tensor, cache: Tensor
     ) -> None:
         rows = x.shape[0]
-        qkv, attended, middle = self._qkv[:rows], self._attended[:rows], self._middle[:rows]
+        qkv, attended = self._qkv[:rows], self._attended[:rows]
         y = elementwise.rms_norm(x, layer.input_norm, layer.eps)
         product(y, layer.qkv, qkv, bias=layer.qkv_bias)
         rope_append_(qkv, rope, slots, cache, layer.heads, layer.qk_norm, layer.eps)
         self._paged.attend(qkv, cache, attended, layer.head_dim**-0.5, layer.window)
         self._add(x, attended, layer.o, layer.o_bias, 0)
         y = elementwise.rms_norm(x, layer.post_norm, layer.eps)
+        if _mixed(layer):
+            self._add_mixture(x, y, layer, slots)
+            return
+        middle = self._middle[:rows, : _inputs(layer.down)]
         product(y, layer.gate_up, middle, bias=layer.gate_up_bias, gated=True)
         self._add(x, middle, layer.down, layer.down_bias, 1)
+
+    def _add_mixture(self, x: Tensor, y: Tensor, layer: Any, slots: Tensor) -> None:
+        """x += what the chosen experts of all ranks make of y; rows without a session choose none.
+
+        Room in between is the graph's, of the same size each time.
+        """
+        scores = project(y, layer.router)
+        chosen = experts.route(scores, layer.chosen, layer.normalised, slots)
+        given = (y, *chosen, layer.gate_up, layer.down, layer.first)
+        if self._linked is not None:
+            experts.mix(*given, out=self._linked.place(1, x.shape[0]))
+            self._linked.add_(x, 1)
+        elif self._total is not None:
+            x.add_(self._total(experts.mix(*given)))
+        else:
+            experts.mix(*given, out=x, add=True)
 
     def _add(
         self,
@@ -174,6 +198,11 @@ class GpuLayers:
             x.add_(self._total(project(y, weight, bias)))
         else:
             product(y, weight, x, bias=bias, add=True)
+
+
+def _mixed(layer: Any) -> bool:
+    """Whether the layer is a mixture of experts."""
+    return hasattr(layer, "router")
 
 
 def _inputs(weight: Tensor | Quantised) -> int:

@@ -13,11 +13,8 @@ Measured on an H100 (us; the library's product beside it), batch 1, 8B shape: qk
 o 14.2 (14.3), gate-up 82.0 (80.7), down 42.6 (44.0). Rejected: the RMS norm inside (33 for qkv, a
 kernel of its own costs 3: x has to pass through registers on its way to the matrix units).
 
-Quantised weights (`hexswarm.kernels.quantise`) are widened in registers. int8 has one scale for
-each output; int4 one for each group of up to 128 inputs. Widening int4 costs more than reading it
-unless it is done by bits: a step is put into the mantissa of the float 1.0, and what that adds is
-taken off again. int4 is for few tokens at a time: each goes through the weights by itself, since
-the matrix units want another order of the registers than memory gives (tried: twice the time).
+Quantised weights (`hexswarm.kernels.quantise`) are widened in registers: int8 here, with one scale
+for each output; int4 in `hexswarm.kernels.linear4`.
 """
 
 from __future__ import annotations
@@ -29,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hexswarm.kernels.linear4 import linear4
 from hexswarm.kernels.quantise import Quantised
 
 ROWS = 16
@@ -75,54 +73,6 @@ def _linear(
     tl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _sum4(sums, x_ptr, w_ptr, scale_ptr, columns, inside, start, K, GROUP: tl.constexpr):
-    """`sums` `[BLOCK_N, GROUP]` with the products of 8 * GROUP inputs."""
-    j = tl.arange(0, GROUP)
-    at = w_ptr + columns[:, None] * (K // 8) + (start // 8 + j)[None, :]
-    words = tl.load(at, mask=inside[:, None], other=0)
-    scale_at = scale_ptr + columns * (K // GROUP) + start // GROUP
-    for i in tl.static_range(8):
-        x = tl.load(x_ptr + start + i * GROUP + j).to(tl.float32)[None, :]
-        scale = tl.load(scale_at + i, mask=inside, other=0.0).to(tl.float32)[:, None]
-        if 4 * i <= 19:  # 1 + step / 16, by its bits
-            bits = ((words << (19 - 4 * i)) & 0x780000) | 0x3F800000
-        else:
-            bits = ((words >> (4 * i - 19)) & 0x780000) | 0x3F800000
-        sums += (bits.to(tl.float32, bitcast=True) * x - 1.5 * x) * scale
-    return sums
-
-
-@triton.jit
-def _linear4(
-    x_ptr, w_ptr, scale_ptr, bias_ptr, out_ptr, N, K, stride_x, stride_out,
-    GATED: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
-    BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    columns = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = columns < N
-    row = tl.program_id(1)
-    sums = tl.zeros((BLOCK_N, GROUP), dtype=tl.float32)
-    ups = tl.zeros((BLOCK_N, GROUP), dtype=tl.float32)
-    x_ptr += row * stride_x
-    for start in range(0, K, 8 * GROUP):
-        sums = _sum4(sums, x_ptr, w_ptr, scale_ptr, columns, inside, start, K, GROUP)
-        if GATED:
-            ups = _sum4(ups, x_ptr, w_ptr, scale_ptr, columns + N, inside, start, K, GROUP)
-    total = 16.0 * tl.sum(sums, axis=1)
-    if BIAS:
-        total += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    if GATED:
-        up = 16.0 * tl.sum(ups, axis=1)
-        if BIAS:
-            up += tl.load(bias_ptr + columns + N, mask=inside, other=0.0).to(tl.float32)
-        total = total / (1.0 + tl.exp(-total)) * up
-    out_at = out_ptr + row * stride_out + columns
-    if ADD:
-        total += tl.load(out_at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=inside)
-
-
 def linear(
     x: Tensor,
     weight: Tensor | Quantised,
@@ -140,38 +90,29 @@ def linear(
     """
     tokens, inputs = x.shape
     outputs = weight.shape[0] // 2 if gated else weight.shape[0]
-    bits = weight.bits if isinstance(weight, Quantised) else 16
-    values, scales = (weight.values, weight.scales) if bits < 16 else (weight, weight)
     assert tokens <= ROWS
+    if isinstance(weight, Quantised) and weight.bits == 4:
+        return linear4(x, weight, out, bias=bias, gated=gated, add=add, shape=shape)
+    few = isinstance(weight, Quantised)
+    values, scales = (weight.values, weight.scales) if few else (weight, weight)
     assert values.is_contiguous()
     if shape is None:
-        shape = _shape(outputs, gated, bits)
-        if bits > 4:
-            shape = _fitting(shape, gated, x.dtype.itemsize, values.element_size(), x.device)
+        shape = _shape(outputs, gated, few)
+        shape = _fitting(shape, gated, x.dtype.itemsize, values.element_size(), x.device)
     block_n, block_k, warps, stages = shape
-    blocks = triton.cdiv(outputs, block_n)
-    pointers = (x, values, scales, x if bias is None else bias, out)
-    fixed = {"GATED": gated, "ADD": add, "BIAS": bias is not None, "BLOCK_N": block_n}
-    run = {"num_warps": warps, "num_stages": stages}
-    if bits == 4:
-        group = inputs // scales.shape[1]
-        _linear4[(blocks, tokens)](
-            *pointers, outputs, inputs, x.stride(0), out.stride(0), **fixed, GROUP=group, **run
-        )
-    else:
-        _linear[(blocks,)](
-            *(*pointers, tokens, outputs, inputs, x.stride(0), out.stride(0)),
-            **fixed, BITS=bits, BLOCK_K=block_k, **run,
-            EXACT="ieee" if x.dtype == torch.float32 else "tf32",
-        )  # fmt: skip
+    _linear[(triton.cdiv(outputs, block_n),)](
+        *(x, values, scales, x if bias is None else bias, out),
+        *(tokens, outputs, inputs, x.stride(0), out.stride(0)),
+        GATED=gated, ADD=add, BIAS=bias is not None, BITS=8 if few else 16,
+        BLOCK_N=block_n, BLOCK_K=block_k, EXACT="ieee" if x.dtype == torch.float32 else "tf32",
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
     return out
 
 
-def _shape(outputs: int, gated: bool, bits: int) -> tuple[int, int, int, int]:
-    """The best of those tried on an H100 (int4 has no block of inputs but its group)."""
-    if bits == 4:
-        return 4, 0, 1, 3
-    if bits == 8:
+def _shape(outputs: int, gated: bool, few: bool) -> tuple[int, int, int, int]:
+    """The best of those tried on an H100, for weights of 8 bits if `few`."""
+    if few:
         return 32, 512, 4, 3
     if gated:
         return 32, 128, 2, 3

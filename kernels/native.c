@@ -22,7 +22,10 @@
 #define UNROLL _Pragma("GCC unroll 8")
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 
-#define ROWS 16   /* most rows of a batch */
+#define ROWS 64   /* most rows of a batch */
+#define MANY 13   /* rows from which on tiles are faster than strips */
+#define MOST 128  /* rows of one product by tiles */
+#define DEPTH 128 /* rows of weights between two loads of sums */
 #define TILE 1024 /* columns: their sums stay in the nearest cache, and rows span whole pages */
 #define STRIDE (TILE + 16) /* of sums: by a power of two they would fight for cache sets */
 #define CHUNK 64  /* keys between two corrections of the softmax */
@@ -66,6 +69,13 @@ struct head { /* logits = norm(x) @ weight */
     float eps;
 };
 
+struct product { /* y = x @ weight + bias; or y += that, by way of room `[MOST, width]` if given */
+    int64_t rows, depth, width, x_stride;
+    const float *x, *bias;
+    const void *weight; /* stored numbers */
+    float *y, *room;
+};
+
 /* Threads: everyone runs `run` on `job` and meets the others before and after. */
 
 struct team;
@@ -83,7 +93,7 @@ struct team {
     atomic_uint round;
     pthread_mutex_t lock;
     pthread_cond_t next;
-    program *decode, *head;
+    program *decode, *head, *product;
     program *run;
     const void *job;
     struct member members[]; /* the first is the caller, who has no thread here */
@@ -203,13 +213,22 @@ static struct range columns(int64_t n, int thread, int threads) {
 
 static const struct variant {
     const char *name;
-    program *decode[2], *head[2]; /* for stored float and bfloat16 */
+    program *decode[2], *head[2], *product[2]; /* for stored float and bfloat16 */
 } variants[] = {
 #ifdef __x86_64__
-    {"avx512", {decode_avx512, decode_avx512_half}, {head_avx512, head_avx512_half}},
-    {"avx2", {decode_avx2, decode_avx2_half}, {head_avx2, head_avx2_half}},
+    {"avx512",
+     {decode_avx512, decode_avx512_half},
+     {head_avx512, head_avx512_half},
+     {product_avx512, product_avx512_half}},
+    {"avx2",
+     {decode_avx2, decode_avx2_half},
+     {head_avx2, head_avx2_half},
+     {product_avx2, product_avx2_half}},
 #endif
-    {"plain", {decode_plain, decode_plain_half}, {head_plain, head_plain_half}},
+    {"plain",
+     {decode_plain, decode_plain_half},
+     {head_plain, head_plain_half},
+     {product_plain, product_plain_half}},
 };
 
 /* The first of the variants that runs here; so do all after it. */
@@ -255,6 +274,10 @@ void hexswarm_head(struct team *team, const struct head *head) {
     run(team, team->head, head);
 }
 
+void hexswarm_product(struct team *team, const struct product *product) {
+    run(team, team->product, product);
+}
+
 static void *work(void *argument) {
     const struct member *member = argument;
     struct team *team = member->team;
@@ -275,6 +298,7 @@ struct team *hexswarm_start(int64_t threads, int64_t instructions, int64_t half)
     if (!team) return NULL;
     team->decode = best()[instructions].decode[half];
     team->head = best()[instructions].head[half];
+    team->product = best()[instructions].product[half];
     pthread_mutex_init(&team->lock, NULL);
     pthread_cond_init(&team->next, NULL);
     pthread_mutex_lock(&team->lock);

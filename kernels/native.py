@@ -5,18 +5,22 @@ A decode step reads every weight once, so memory sets its floor: SmolLM2-135M in
 some twenty small operations a layer that run cold, since 14 MB of weights pass through the caches
 between two of a kind, and matrix products that lose speed with two rows or more. Milliseconds of
 the processor a step, one thread, the decode of `benchmarks/engine.py` with 31 steps, both backends
-by turns in one process, medians of 5 (its `--backend` measures one at a time):
+by turns in one process, medians of 5 (its `--backend` measures one at a time), before the tiles:
 
     rows       1     2     4     8    16
     native  39.3  40.6  44.9  52.4  79.6
     torch   45.1  55.7  66.8  92.9 115.4
 
 Here one call runs all layers. Weights stay as they are, `[in, out]`, one copy for this and for
-PyTorch's prefill. Four of their rows stream by at a time and are added to sums that stay in the
-first-level cache, a tile of 1024 columns; a weight is loaded once for up to eight tokens. Every
-result is the same sum in the same order whatever the batch, the tiling and the threads, hence a
-row does not depend on its neighbours, bit for bit. Queries are tokens, not sessions: any batch of
-up to `ROWS` tokens will do, be they decode steps or the end of a prompt.
+PyTorch's prefill. For up to twelve tokens four of their rows stream by at a time and are added to
+sums that stay in the first-level cache, a tile of 1024 columns; a weight is loaded once for up to
+eight tokens. For more the sums of eight tokens and 48 columns stay in registers while 128 rows pass
+by, out of a panel that was copied into that cache (`native_tiles.h`): a step of 64 rows is limited
+by arithmetic, not by the caches. Every result is the same sum in the same order whatever the batch,
+the tiling and the threads, hence a row does not depend on its neighbours, bit for bit. Queries are
+tokens, not sessions: any batch of up to `ROWS` tokens will do, be they decode steps or a prompt.
+The tiles alone, without the layers around them, serve longer prompts in bfloat16
+(`hexswarm.kernels.native_prompts`).
 
 Matrices and cache may be bfloat16: a third of the time of a step less, since half of the bytes are
 read. They are widened in registers by a shift, exactly, which every processor can; sums, norms and
@@ -33,9 +37,10 @@ Threads are a team of the shard's own, over columns, heads and sessions; how man
 to say (`hexswarm.peer.threads`).
 
 Rejected: weights in `[out, in]` (dot products; the prefill wants the other order, and two copies do
-not fit), sums in registers over all of k (a row of weights is read in pieces of 256 bytes, which no
-prefetcher follows), huge pages (no gain measured), OpenMP (a second runtime in PyTorch's process),
-`target_clones` (generic vectors are lowered before it clones). Float16 stays with PyTorch.
+not fit), for few tokens sums in registers over all of k (a row of weights is read in pieces of 256
+bytes, which no prefetcher follows), huge pages (no gain measured), OpenMP (a second runtime in
+PyTorch's process), `target_clones` (generic vectors are lowered before it clones). Float16 stays
+with PyTorch.
 
 The library is an optional part of the installation: without a C compiler `available()` is False.
 """
@@ -43,127 +48,32 @@ The library is an optional part of the installation: without a C compiler `avail
 from __future__ import annotations
 
 import ctypes
-import weakref
 from array import array
 from collections.abc import Sequence
-from functools import cache
-from importlib.util import find_spec
-from itertools import count, takewhile
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hexswarm.kernels.native_library import (
+    DTYPES,
+    MATRICES,
+    ROWS,
+    VECTORS,
+    Batch,
+    Head,
+    Layer,
+    Pass,
+    Shape,
+    Team,
+    address,
+    available,
+    instructions,
+    library,
+)
 from hexswarm.kernels.ragged import Ragged
 
-ROWS = 16
-"""Most tokens of a batch; native.c has the same number."""
-
-DTYPES = (torch.float32, torch.bfloat16)
-"""What matrices and cache may be stored in."""
-
-
-class _Shape(ctypes.Structure):
-    _fields_ = (
-        ("hidden", ctypes.c_int64),
-        ("intermediate", ctypes.c_int64),
-        ("heads", ctypes.c_int64),
-        ("kv_heads", ctypes.c_int64),
-        ("head_dim", ctypes.c_int64),
-        ("eps", ctypes.c_float),
-    )
-
-
-_VECTORS = (
-    "input_norm",
-    "qkv_bias",
-    "qk_norm",
-    "o_bias",
-    "post_norm",
-    "gate_up_bias",
-    "down_bias",
-)
-_MATRICES = ("qkv", "o", "gate_up", "down")
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in (*_VECTORS, *_MATRICES)),
-        ("cache", ctypes.c_void_p),
-        ("window", ctypes.c_int64),
-    )
-
-
-class _Batch(ctypes.Structure):
-    _fields_ = (
-        ("rows", ctypes.c_int64),
-        ("block_size", ctypes.c_int64),
-        ("cos", ctypes.c_void_p),
-        ("sin", ctypes.c_void_p),
-        ("positions", ctypes.c_void_p),
-        ("slots", ctypes.c_void_p),
-        ("tables", ctypes.c_void_p),
-        ("blocks", ctypes.c_void_p),
-    )
-
-
-class _Pass(ctypes.Structure):
-    _fields_ = (
-        ("shape", ctypes.POINTER(_Shape)),
-        ("layers", ctypes.POINTER(_Layer)),
-        ("count", ctypes.c_int64),
-        ("batch", ctypes.POINTER(_Batch)),
-        ("x", ctypes.c_void_p),
-        ("scratch", ctypes.c_void_p),
-    )
-
-
-class _Head(ctypes.Structure):
-    _fields_ = (
-        ("rows", ctypes.c_int64),
-        ("hidden", ctypes.c_int64),
-        ("vocabulary", ctypes.c_int64),
-        ("x", ctypes.c_void_p),
-        ("norm", ctypes.c_void_p),
-        ("weight", ctypes.c_void_p),
-        ("logits", ctypes.c_void_p),
-        ("scratch", ctypes.c_void_p),
-        ("eps", ctypes.c_float),
-    )
-
-
-@cache
-def _library() -> Any:
-    """The compiled library, or None. It is found, not imported: it has nothing for Python."""
-    found = find_spec("hexswarm.kernels._native")
-    if found is None or found.origin is None:
-        return None
-    library = ctypes.CDLL(found.origin)
-    library.hexswarm_instructions.argtypes = (ctypes.c_int64,)
-    library.hexswarm_instructions.restype = ctypes.c_char_p
-    library.hexswarm_scratch.argtypes = (ctypes.POINTER(_Shape), ctypes.c_int64, ctypes.c_int64)
-    library.hexswarm_scratch.restype = ctypes.c_int64
-    library.hexswarm_start.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
-    library.hexswarm_start.restype = ctypes.c_void_p
-    library.hexswarm_stop.argtypes = (ctypes.c_void_p,)
-    library.hexswarm_stop.restype = None
-    for function in (library.hexswarm_decode, library.hexswarm_head):
-        function.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
-        function.restype = None
-    return library
-
-
-def available() -> bool:
-    """Whether the library was compiled when the package was installed."""
-    return _library() is not None
-
-
-def instructions() -> tuple[str, ...]:
-    """The instruction sets that the library can use here, best first."""
-    if not available():
-        return ()
-    names = map(_library().hexswarm_instructions, count())
-    return tuple(name.decode() for name in takewhile(bool, names))
+__all__ = ["DTYPES", "ROWS", "NativeLayers", "available", "instructions"]
 
 
 class NativeLayers:
@@ -176,45 +86,43 @@ class NativeLayers:
     def __init__(
         self, layers: Sequence[Any], threads: int, instruction_set: str | None = None
     ) -> None:
-        if not available():
-            raise RuntimeError("hexswarm was installed without its native library")
         first = layers[0]
-        self._library, self._dtype = _library(), first.qkv.dtype
+        self._dtype = first.qkv.dtype
+        self._team = Team(threads, self._dtype, instruction_set)
         self._hidden = first.input_norm.shape[0]
-        self._shape = _Shape(
+        self._shape = Shape(
             *(self._hidden, first.down.shape[0]),
             *(first.heads, first.kv_heads, first.head_dim, first.eps),
         )
-        self._layers = (_Layer * len(layers))()
+        self._layers = (Layer * len(layers))()
         self._held: list[Tensor | None] = []
-        self._stop: weakref.finalize[..., NativeLayers] | None = None
         for record, layer in zip(self._layers, layers, strict=True):
-            for name in _VECTORS:
+            for name in VECTORS:
                 setattr(record, name, self._hold(_wide(getattr(layer, name)), torch.float32))
-            for name in _MATRICES:
+            for name in MATRICES:
                 setattr(record, name, self._hold(getattr(layer, name), self._dtype))
             record.window = layer.window or 0
-        self._instructions = instruction_set or instructions()[0]
-        self.resize(threads)
+        self._make_room()
 
     def resize(self, threads: int) -> None:
         """Go on with another number of threads."""
-        index = instructions().index(self._instructions)
-        team = self._library.hexswarm_start(threads, index, DTYPES.index(self._dtype))
-        if team is None:
-            raise MemoryError
-        if self._stop is not None:
-            self._stop()
-        self.threads, self._team = threads, ctypes.c_void_p(team)
-        self._stop = weakref.finalize(self, self._library.hexswarm_stop, self._team)
-        self._stop.atexit = False  # the process ends its threads, and a forked one has none of them
-        size = self._library.hexswarm_scratch(self._shape, ROWS, threads)
+        team = Team(threads, self._dtype, self._team.instruction_set)
+        self._team.stop()
+        self._team = team
+        self._make_room()
+
+    @property
+    def threads(self) -> int:
+        return self._team.threads
+
+    def _make_room(self) -> None:
+        size = library().hexswarm_scratch(self._shape, ROWS, self.threads)
         self._scratch = torch.empty(size)
 
     def _hold(self, tensor: Tensor | None, dtype: torch.dtype) -> int | None:
         """Its address, and that it stays there as long as we do."""
         self._held.append(tensor)
-        return _address(tensor, dtype)
+        return address(tensor, dtype)
 
     def decode(
         self,
@@ -236,21 +144,21 @@ class NativeLayers:
         for extent in batch.extents:
             tables.extend([len(blocks)] * extent.count)
             blocks.extend(extent.blocks)
-        records = (_Layer * len(caches)).from_buffer(self._layers, first * ctypes.sizeof(_Layer))
+        records = (Layer * len(caches)).from_buffer(self._layers, first * ctypes.sizeof(Layer))
         for record, store in zip(records, caches, strict=True):
-            record.cache = _address(store, self._dtype)
-        described = _Batch(
+            record.cache = address(store, self._dtype)
+        described = Batch(
             *(rows, batch.extents[0].block_size),
-            *(_address(table, torch.float32) for table in rope),
-            *(_address(index, torch.int64) for index in (batch.positions, batch.slots)),
+            *(address(table, torch.float32) for table in rope),
+            *(address(index, torch.int64) for index in (batch.positions, batch.slots)),
             *(numbers.buffer_info()[0] for numbers in (tables, blocks)),
         )
         wide = x.float()  # x itself if that is what it is
-        job = _Pass(
+        job = Pass(
             *(ctypes.pointer(self._shape), records, len(caches), ctypes.pointer(described)),
-            *(_address(wide, torch.float32), self._scratch.data_ptr()),
+            *(address(wide, torch.float32), self._scratch.data_ptr()),
         )
-        self._library.hexswarm_decode(self._team, ctypes.byref(job))
+        self._team.decode(job)
         return x if wide is x else x.copy_(wide)
 
     def head(self, x: Tensor, norm: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -259,24 +167,15 @@ class NativeLayers:
         assert rows <= ROWS
         assert x.shape[1] == hidden == self._hidden
         logits, x, norm = torch.empty(rows, vocabulary), x.float(), norm.float()
-        job = _Head(
+        job = Head(
             *(rows, hidden, vocabulary),
-            *(_address(x, torch.float32), _address(norm, torch.float32)),
-            *(_address(weight, self._dtype), _address(logits, torch.float32)),
+            *(address(x, torch.float32), address(norm, torch.float32)),
+            *(address(weight, self._dtype), address(logits, torch.float32)),
             *(self._scratch.data_ptr(), eps),
         )
-        self._library.hexswarm_head(self._team, ctypes.byref(job))
+        self._team.head(job)
         return logits
 
 
 def _wide(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.float()
-
-
-def _address(tensor: Tensor | None, dtype: torch.dtype) -> int | None:
-    if tensor is None:
-        return None
-    assert tensor.dtype == dtype
-    assert tensor.device.type == "cpu"
-    assert tensor.is_contiguous()
-    return tensor.data_ptr()

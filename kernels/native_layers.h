@@ -1,8 +1,7 @@
 /* The arithmetic of native.c, compiled once per instruction set and kind of stored numbers: see
- * there for the theory.
- *
- * The includer sets LANES, the floats of a vector register, HALF, whether matrices and the cache
- * hold bfloat16 instead of float, and NAME(x), which makes the names of this round unique. Vectors are GCC's and Clang's generic ones; there are no intrinsics.
+ * there for the theory. The includer sets LANES, the floats of a vector register, HALF, whether
+ * matrices and the cache hold bfloat16 instead of float, and NAME(x), which makes the names of this
+ * round unique. Vectors are GCC's and Clang's generic ones; there are no intrinsics.
  *
  * Sums over columns of a weight matrix go through k in ascending order, one fused multiply-add per
  * term, whatever the number of rows, the tiling and the threads. A row's result therefore does not
@@ -123,7 +122,7 @@ INLINE void NAME(strip)(const int R, float *sums, const float *from, int64_t dep
         if (ahead)
             UNROLL for (int u = 0; u < 4; u++)
                 UNROLL for (int line = 0; line < 2 * LANES; line += LINE)
-                    __builtin_prefetch(ahead + u * width + j + line, 0, 2);
+                    __builtin_prefetch(ahead + u * width + j + line, 0, 3);
         NAME(patch)(R, 2, sums, x, w, width, j);
     }
     for (; j + LANES <= n; j += LANES) NAME(patch)(R, 1, sums, x, w, width, j);
@@ -157,13 +156,20 @@ static void NAME(thin_strip)(int rows, float *sums, const float *x, int64_t dept
     }
 }
 
-/* Columns `own` of y = x @ w + bias, or of y += x @ w + bias; x `[rows, depth]` with rows
- * `x_stride` apart, w `[depth, width]`, y `[rows, width]`. The sums of a tile of columns stay in the
- * first-level cache while the weights stream by. */
-static void NAME(multiply)(float *y, int add, const float *x, int64_t x_stride, int rows,
-                           const stored *w, int64_t depth, int64_t width, const float *bias,
-                           struct range own) {
-    float sums[ROWS * STRIDE];
+#include "native_tiles.h"
+
+/* Columns `own` of y = x @ w + bias, or of y += x @ w + bias, for which many rows need `room`
+ * `[rows, width]`; x `[rows, depth]` with rows `x_stride` apart, w `[depth, width]`, y
+ * `[rows, width]`. The sums of a tile of columns stay in the first-level cache while the weights
+ * stream by. */
+static void NAME(multiply)(float *y, int add, float *room, const float *x, int64_t x_stride,
+                           int rows, const stored *w, int64_t depth, int64_t width,
+                           const float *bias, struct range own) {
+    float sums[(MANY - 1) * STRIDE];
+    if (rows >= MANY) {
+        NAME(multiply_many)(y, add, room, x, x_stride, rows, w, depth, width, bias, own);
+        return;
+    }
     for (int64_t tile = own.first; tile < own.end; tile += TILE) {
         const int64_t n = MIN(TILE, own.end - tile);
         const size_t bytes = (size_t)n * sizeof *sums;
@@ -331,7 +337,7 @@ static void NAME(decode)(struct team *team, int thread, const void *job) {
         stored *cache = layer->cache;
         for (int r = 0; r < rows; r++)
             NAME(rms_norm)(y + r * hidden, x + r * hidden, layer->input_norm, hidden, s->eps);
-        NAME(multiply)(heads, 0, y, hidden, rows, layer->qkv, hidden, fused, layer->qkv_bias,
+        NAME(multiply)(heads, 0, NULL, y, hidden, rows, layer->qkv, hidden, fused, layer->qkv_bias,
                        of_fused);
         wait_for_all(team);
         for (int64_t item = each_head.first; item < each_head.end; item++) {
@@ -354,19 +360,19 @@ static void NAME(decode)(struct team *team, int thread, const void *job) {
                              heads + r * fused + head * n, attended + (r * s->heads + head) * n);
         }
         wait_for_all(team);
-        NAME(multiply)(x, 1, attended, s->heads * n, rows, layer->o, s->heads * n, hidden,
+        NAME(multiply)(x, 1, y, attended, s->heads * n, rows, layer->o, s->heads * n, hidden,
                        layer->o_bias, of_hidden);
         wait_for_all(team);
         for (int r = 0; r < rows; r++)
             NAME(rms_norm)(y + r * hidden, x + r * hidden, layer->post_norm, hidden, s->eps);
-        NAME(multiply)(gate_up, 0, y, hidden, rows, layer->gate_up, hidden, 2 * inner,
+        NAME(multiply)(gate_up, 0, NULL, y, hidden, rows, layer->gate_up, hidden, 2 * inner,
                        layer->gate_up_bias, threads == 1 ? of_both : of_gate);
         if (threads > 1)
-            NAME(multiply)(gate_up, 0, y, hidden, rows, layer->gate_up, hidden, 2 * inner,
+            NAME(multiply)(gate_up, 0, NULL, y, hidden, rows, layer->gate_up, hidden, 2 * inner,
                            layer->gate_up_bias, of_up);
         NAME(silu_mul)(gate_up, rows, inner, of_gate);
         wait_for_all(team);
-        NAME(multiply)(x, 1, gate_up, 2 * inner, rows, layer->down, inner, hidden,
+        NAME(multiply)(x, 1, y, gate_up, 2 * inner, rows, layer->down, inner, hidden,
                        layer->down_bias, of_hidden);
         wait_for_all(team);
     }
@@ -381,7 +387,8 @@ static void NAME(head)(struct team *team, int thread, const void *job) {
     float *y = head->scratch + thread * rows * hidden;
     for (int r = 0; r < rows; r++)
         NAME(rms_norm)(y + r * hidden, head->x + r * hidden, head->norm, hidden, head->eps);
-    NAME(multiply)(head->logits, 0, y, hidden, rows, head->weight, hidden, vocabulary, NULL, own);
+    NAME(multiply)(head->logits, 0, NULL, y, hidden, rows, head->weight, hidden, vocabulary, NULL,
+                   own);
 }
 
 #undef vec

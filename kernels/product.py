@@ -3,7 +3,8 @@
 Few tokens go through `hexswarm.kernels.linear`, many through the library. How many are few follows
 from the bytes that pass: 16-bit weights up to one tile of 16 tokens. int8 once for each tile: up to
 four tiles that is 4 bytes a weight at most, against 5 to widen it and read it again. int4 once for
-each token, limited by its arithmetic, about the time of one byte: up to 4 tokens.
+each token, limited by its arithmetic, about the time of one byte: up to 4 tokens; in the matrix
+form of `hexswarm.kernels.linear4` once for each tile, which should be good for four tiles.
 
 For more, few-bit weights are widened, matrix by matrix, into memory that the next one uses again.
 """

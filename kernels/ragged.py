@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -76,13 +77,9 @@ class Ragged:
     def tokens(self) -> int:
         return self.positions.shape[0]
 
-    def pieces(self, window: int | None, dtype: torch.dtype) -> tuple[Piece, ...]:
+    def pieces(self, window: int | None, dtype: torch.dtype) -> Pieces:
         """Attention's view of the batch for layers with this sliding window (None: no window)."""
-        pieces, first = [], 0
-        for extent in self.extents:
-            pieces.append(_piece(extent, first, window, dtype, self.positions.device))
-            first += extent.count
-        return tuple(pieces)
+        return Pieces(self, window, dtype)
 
     def part(self, chosen: Sequence[int]) -> tuple[Ragged, Tensor]:
         """The extents with these indices as a batch of their own, and its rows in this one."""
@@ -93,15 +90,54 @@ class Ragged:
         return Ragged(extents, self.positions[index], self.slots[index]), index
 
 
+class Pieces(Sequence[Piece]):
+    """The sessions of a batch as attention reads them, made when the first layer asks.
+
+    A backend that reads the batch itself never asks, and no masks are made. What it works out
+    instead, once for all layers, it keeps in `plan`.
+    """
+
+    __slots__ = ("_dtype", "_made", "batch", "plan", "window")
+
+    def __init__(self, batch: Ragged, window: int | None, dtype: torch.dtype) -> None:
+        self.batch, self.window, self._dtype = batch, window, dtype
+        self._made: tuple[Piece, ...] | None = None
+        self.plan: Any = None
+
+    def __len__(self) -> int:
+        return len(self.batch.extents)
+
+    @overload
+    def __getitem__(self, at: int) -> Piece: ...
+    @overload
+    def __getitem__(self, at: slice) -> tuple[Piece, ...]: ...
+    def __getitem__(self, at: int | slice) -> Piece | tuple[Piece, ...]:
+        if self._made is None:
+            self._made = self._make()
+        return self._made[at]
+
+    def _make(self) -> tuple[Piece, ...]:
+        batch, pieces, first = self.batch, [], 0
+        for extent in batch.extents:
+            pieces.append(_piece(extent, first, self.window, self._dtype, batch.positions.device))
+            first += extent.count
+        return tuple(pieces)
+
+
 def ragged(extents: Sequence[Extent], device: torch.device) -> Ragged:
     """Lay the extents end to end."""
+    both = torch.tensor(places(extents), device=device)
+    return Ragged(tuple(extents), both[0], both[1])
+
+
+def places(extents: Sequence[Extent]) -> tuple[list[int], list[int]]:
+    """Position and slot of each token."""
     positions: list[int] = []
     slots: list[int] = []
     for extent in extents:
         positions.extend(range(extent.position, extent.length))
         slots.extend(map(extent.slot, range(extent.position, extent.length)))
-    both = torch.tensor([positions, slots], device=device)
-    return Ragged(tuple(extents), both[0], both[1])
+    return positions, slots
 
 
 def _piece(

@@ -11,8 +11,9 @@ Shapes: `tokens` are those of a ragged batch (see `hexswarm.kernels.ragged`); a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +98,80 @@ def add_projected_(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = N
     """x += y @ weight + bias, the sum inside the matrix product."""
     x.addmm_(y, weight)
     return x if bias is None else x.add_(bias)
+
+
+def route(scores: Tensor, chosen: int, normalised: bool) -> tuple[Tensor, Tensor]:
+    """Shares in float32, and numbers, of the `chosen` experts of each token `[tokens, experts]`.
+
+    Shares are those of a softmax over all experts; `normalised`: those of the chosen add up to one.
+    """
+    shares, experts = scores.softmax(-1, dtype=torch.float32).topk(chosen, dim=-1)
+    return (shares / shares.sum(-1, keepdim=True) if normalised else shares), experts
+
+
+Expert = Callable[[Tensor, Any, Any], Tensor]
+"""What one expert makes of its tokens, given its gate-up and its down."""
+
+
+def _expert(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    return project(silu_mul(project(x, gate_up)), down)
+
+
+def mix(
+    x: Tensor,
+    shares: Tensor,
+    experts: Tensor,
+    gate_up: Any,
+    down: Any,
+    first: int = 0,
+    *,
+    expert: Expert = _expert,
+) -> Tensor:
+    """The sum of what its chosen `experts` make of each token, by `shares` (both of `route`).
+
+    `gate_up` `[experts, in, 2 * width]` and `down` `[experts, width, in]` are those of the experts
+    from `first` on; the others add nothing. Tokens are sorted by expert, and the experts that got
+    any run one after another: each weight is read once for all of them.
+    """
+    mixed = torch.zeros_like(x)
+    order = experts.flatten().argsort(stable=True)
+    tokens, weights = order // experts.shape[1], shares.flatten()[order].unsqueeze(1)
+    counts = experts.flatten().bincount(minlength=first + len(down)).tolist()
+    begin = sum(counts[:first])
+    for number, count in enumerate(counts[first : first + len(down)]):
+        own = slice(begin, begin + count)
+        begin += count
+        if count:
+            out = expert(x[tokens[own]], gate_up[number], down[number]) * weights[own]
+            mixed.index_add_(0, tokens[own], out.to(x.dtype))
+    return mixed
+
+
+SHARE = 64
+"""Numbers of a row that have one scale in `narrow`."""
+STEP = 1 / 127
+"""Of the largest; a product, since a GPU may divide by a plain number in another way."""
+
+
+def narrow(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations `[tokens, width]` in 8 bits, int8 and bfloat16 scales `[tokens, width / 64]`.
+
+    A scale is the 127th part of the largest of its numbers, so they are off by half of it at most.
+    A last scale may have fewer.
+    """
+    tokens, width = x.shape
+    shares = F.pad(x.float(), (0, -width % SHARE)).view(tokens, -1, SHARE)
+    scales = (shares.abs().amax(-1) * STEP).bfloat16()
+    divisor = scales.float()[..., None]
+    steps = torch.where(divisor > 0, shares / divisor, 0.0).round_().clamp_(-127, 127)
+    return steps.to(torch.int8).view(tokens, -1)[:, :width].contiguous(), scales
+
+
+def widen(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The activations that `narrow` made these of."""
+    width = values.shape[1]
+    every = scales.float().repeat_interleave(SHARE, 1)[:, :width]
+    return (values.float() * every).to(dtype)
 
 
 def attend(q: Tensor, cache: Tensor, pieces: Sequence[Piece], scale: float) -> Tensor:

@@ -27,6 +27,11 @@ running sessions away (their work is lost, and is done again elsewhere).
 Nothing is allocated for what was only asked: the pool is counted before anything else happens, and
 `kv_tokens` of any size is a comparison.
 
+What a client names of a prompt (`hexswarm.prefix`) is looked up for that client alone, for these
+layers alone, and behind the same part of a route alone. A session that comes in on a new route in
+mid-answer may find KV, but files none: what it is fed may come from a peer that is gone, out of a
+journal, and so not from where its mark says.
+
 Every answer tells the stage's load, with the sessions that it does not show yet
 (`peer/promises.py`), so that a client which was refused knows more than before.
 """
@@ -35,16 +40,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from hexswarm.errors import RemoteProtocolError, SessionClosed, UsageError
 from hexswarm.messages import Open, Opened, Refuse
-from hexswarm.peer.cache import BLOCK_TOKENS, KvFull, blocks_of
+from hexswarm.peer.blocks import Name
+from hexswarm.peer.cache import BLOCK_TOKENS
+from hexswarm.peer.leases import KvFull, Lease, blocks_of
 from hexswarm.peer.load import WINDOW_S
 from hexswarm.peer.promises import Promises
 from hexswarm.peer.sessions import StageSession
 from hexswarm.peer.steps import SessionKey
+from hexswarm.prefix import NOTHING, Offer
 from hexswarm.records import Load, PeerId, Span, Speed
 
 MAX_SESSIONS_PER_CLIENT = 256
@@ -70,9 +79,16 @@ LEAVING_S = 5.0
 class Ledger(Protocol):
     """KV leases and how busy the device is; `peer/engine.py` is one."""
 
-    def open(self, session: SessionKey, tokens: int) -> object: ...
+    def open(
+        self,
+        session: SessionKey,
+        tokens: int,
+        names: Sequence[Name] = (),
+        *,
+        publish: bool = True,
+    ) -> Lease: ...
     def extend(self, session: SessionKey, tokens: int) -> object: ...
-    def close(self, session: SessionKey) -> bool: ...
+    def close(self, session: SessionKey, names: Sequence[Name] = ()) -> bool: ...
     def expire(self) -> list[SessionKey]: ...
     def load_now(self, *, prompts: bool = True) -> Load: ...
     def speed_now(self) -> Speed | None: ...
@@ -96,6 +112,8 @@ class _Held:
     client: PeerId
     blocks: int
     used_s: float
+    known: int = 0
+    """Tokens whose KV was here when it came."""
 
 
 Refusal = tuple[str, str, float]
@@ -130,18 +148,25 @@ class Admission:
         self.draining, self._gone_s = True, gone_s
 
     def admit(
-        self, client: PeerId, message: Open, held: StageSession | None, sessions: int, now: float
+        self,
+        client: PeerId,
+        message: Open,
+        held: StageSession | None,
+        sessions: int,
+        now: float,
+        offer: Offer = NOTHING,
     ) -> Refuse | None:
         """Lease what is asked for; a refusal leaves everything as it was.
 
-        `held` is the session if it is open already, `sessions` how many the client has here.
+        `held` is the session if it is open already, `sessions` how many the client has here;
+        `offer` names what a new one begins with.
         """
         promised = held is not None and _same(held, message)
         refusal = self._why_not(client, message, held, sessions, now)
         refusal = refusal or self._beyond_share(client, message, now)
         if refusal is None and not promised:
             refusal = self._breach(message, now)
-        refusal = refusal or self._lease(client, message, held, now)
+        refusal = refusal or self._lease(client, message, held, now, offer)
         if refusal is not None:
             return self.refuse(message, refusal, now)
         if promised:  # it keeps that
@@ -163,15 +188,21 @@ class Admission:
         """A turn is over: what was promised waits for the next one."""
         self._promises.rest(session)
 
-    def end(self, session: SessionKey) -> None:
-        """Free what the session holds."""
-        self._reserved.pop(session, None)
-        self._promises.release(session)
-        if (held := self._held.pop(session, None)) is not None:
+    def known(self, session: SessionKey) -> int:
+        """Tokens of the session whose KV was here when it came."""
+        return self._held[session].known if session in self._held else 0
+
+    def end(self, session: StageSession, offer: Offer = NOTHING) -> None:
+        """Free what the session holds; `offer` names what may be found by others of its client."""
+        key, first = session.key, session.epoch == 0
+        names = _names(session.client, session.opened, offer) if first else ()
+        self._reserved.pop(key, None)
+        self._promises.release(key)
+        if (held := self._held.pop(key, None)) is not None:
             self._blocks[held.client] -= held.blocks
             if not self._blocks[held.client]:
                 del self._blocks[held.client]
-        self._ledger.close(session)
+        self._ledger.close(key, names)
 
     def overdue(self, now: float) -> list[tuple[SessionKey, str]]:
         """Sessions not begun in time, or at rest on what others wait for, and the reason; `end`
@@ -285,23 +316,33 @@ class Admission:
             del self._waiting[next(iter(self._waiting))]
 
     def _lease(
-        self, client: PeerId, message: Open, held: StageSession | None, now: float
+        self,
+        client: PeerId,
+        message: Open,
+        held: StageSession | None,
+        now: float,
+        offer: Offer,
     ) -> Refusal | None:
-        take = self._ledger.open if held is None else self._ledger.extend
+        asked, known = (message.session, message.kv_tokens), 0
         try:
-            take(message.session, message.kv_tokens)
+            if held is None:
+                names, first = _names(client, message, offer), message.epoch == 0
+                known = self._ledger.open(*asked, names, publish=first).known
+            else:
+                self._ledger.extend(*asked)
         except KvFull as error:
             self._wait(client, error.retry_s, now)
             return "full", f"KV is full: {error.cause}", error.retry_s
         except (UsageError, RemoteProtocolError, SessionClosed) as error:
             return "invalid", error.cause, 0.0
         self._waiting.pop(client, None)
-        self._count(client, message, now)
+        self._count(client, message, now, known)
         return None
 
-    def _count(self, client: PeerId, message: Open, now: float) -> None:
+    def _count(self, client: PeerId, message: Open, now: float, known: int) -> None:
+        """A block that several sessions read counts for each: so nobody gets more by it."""
         blocks = blocks_of(message.kv_tokens)
-        held = self._held.setdefault(message.session, _Held(client, 0, now))
+        held = self._held.setdefault(message.session, _Held(client, 0, now, known))
         self._blocks[client] += max(0, blocks - held.blocks)
         held.blocks = max(held.blocks, blocks)
 
@@ -313,6 +354,12 @@ def _same(held: StageSession, message: Open) -> bool:
     # By its numbers: nobody has looked yet whether they are a span.
     part = (held.opened.first, held.opened.end, held.opened.step_s)
     return part == (message.first, message.end, message.step_s)
+
+
+def _names(client: PeerId, message: Open, offer: Offer) -> tuple[Name, ...]:
+    """What the blocks are called here: nobody else, and no other part of the model, has these."""
+    whose = client, message.first, message.end, offer.mark
+    return tuple((whose, name) for name in offer.hashes)
 
 
 def _fields(load: Load) -> tuple[float, float, float, int]:

@@ -175,9 +175,7 @@ class Advising:
         return [
             item
             for item in view
-            if item.model == self._model
-            and item.layers == len(self._longest)
-            and (item.group is None or item.group.rank == 0)
+            if item.model == self._model and item.layers == len(self._longest) and item.stands
         ]
 
     def _census(self, view: Sequence[Announcement]) -> Census:
@@ -187,13 +185,18 @@ class Advising:
             tuple(item.peer for item in serving),
             _rates(serving, len(self._longest), self._hidden_bytes),
             tuple(item.span for item in serving),
-            staying=frozenset(item.peer for item in serving if not item.most_layers),
+            staying=frozenset(item.peer for item in serving if not _moves(item)),
             beside=False,
         )
 
 
 def _busy(ours: Collection[Announcement]) -> bool:
     return any(item.busy > BUSY for item in ours)
+
+
+def _moves(item: Announcement) -> bool:
+    """Whether it can be elsewhere: a group holds its span or nothing."""
+    return item.most_layers > 0 and item.group is None
 
 
 def _advice(told: Proposal, ours: Collection[Announcement]) -> Advice:
@@ -204,14 +207,14 @@ def _advice(told: Proposal, ours: Collection[Announcement]) -> Advice:
     moves = []
     for tail, to in told.moves:
         named = known.get(tail, [])
-        if len(named) == 1 and named[0].most_layers:
+        if len(named) == 1 and _moves(named[0]):
             moves.append(Move(named[0].peer, to))
     return Advice(told.seed, tuple(moves), told.tokens_per_s, told.issued_s)
 
 
 def _rates(serving: Sequence[Announcement], layers: int, hidden_bytes: int) -> Rates:
     count = len(serving)
-    most = [max(item.most_layers, len(item.span)) for item in serving]
+    most = [max(item.most_layers * _moves(item), len(item.span)) for item in serving]
     speed = np.zeros((count, max(most, default=0) + 1))
     for row, item, held in zip(speed, serving, most, strict=True):
         row[1 : held + 1] = 1.0 / (np.arange(1, held + 1) * token_layer_s(item.speed))

@@ -1,13 +1,13 @@
 """When to announce, and what: pure functions of state and time.
 
 A record is announced every `ANNOUNCE_S` with jitter (so that a thousand peers started by one script
-do not store at one moment), at once when the state or the span changes, and early when the load has
-moved by more than the hysteresis: free KV by 10 % of the pool or to all of it (else a request for
-the whole pool would be refused for half a minute), queue delay by 0.1 s, the busy share by 0.15,
-rows by a quarter, speed by a tenth; bandwidth when it is first known or off by half. The place in
-the network is told at once when it and the first neighbours are known, for until then nobody can
-route well through us; later when it has moved by a fifth of a usual way, or a neighbour came or is
-half as far again. A record that is announced too often costs every DHT node on its way.
+do not store at one moment), at once when the state, the span or the group changes, and early when
+the load has moved by more than the hysteresis: free KV by 10 % of the pool or to all of it (else a
+request for the whole pool would be refused for half a minute), queue delay by 0.1 s, the busy share
+by 0.15, rows by a quarter, speed by a tenth; bandwidth when it is first known or off by half. The
+place in the network is told at once when it and the first neighbours are known, for until then
+nobody can route well through us; later when it has moved by a fifth of a usual way, or a neighbour
+came or is half as far again. A record that is announced too often costs every DHT node on its way.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Announcer:
 def _route_facts(item: Announcement) -> tuple[object, ...]:
     """What is told at once when it changes."""
     return (
-        *(item.state, item.span, item.addresses),
+        *(item.state, item.span, item.addresses, item.group, item.stands),
         *(item.coordinates is not None, bool(item.neighbours)),
     )
 

@@ -15,6 +15,15 @@ they ran, in order. A step that starts below it crops: nothing is erased, the to
 simply overwritten later, so speculation and replay need no message of their own. A step above it
 would leave a hole and is refused without a trace.
 
+*Prefixes.* Whoever leases may name the blocks of its prompt, in a chain (`hexswarm.prefix`). Those
+that are here already are held together with whoever else holds them, and the session begins with
+that length cached; its own blocks are filed under their names as they become full and computed. So
+is, at the end, what the client names of the answer: what a session leaves under a name stays, and
+counts as free (`peer/blocks.py`). A block with a name is never written to. A step that starts below
+takes the names off; where others hold a block, it gets another one instead, so that nobody's KV
+changes under him. Only the middle of such a block cannot be had: there is nobody to copy its first
+half, and clients know to start at a block's begin (`SharedBlock`).
+
 A lease idle for `lease_s` ends; a step renews it. So does its owner who asks again, since a session
 whose route is being repaired stands still; but without a step it ends after `UNUSED_LEASES` times
 that, however often it is asked for. An opened session that never steps, or a client that went away
@@ -25,71 +34,23 @@ No locks and no clock here: the owner (`hexswarm.peer.engine`) guards it and pas
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from hexswarm.errors import HexswarmError, RemoteProtocolError, SessionClosed, UsageError
+from hexswarm.errors import RemoteProtocolError, SessionClosed, UsageError
+from hexswarm.peer.blocks import BlockPool, Name
+from hexswarm.peer.leases import BeyondLease, KvFull, KvGap, Lease, SharedBlock, blocks_of
 from hexswarm.peer.steps import SessionKey
-
-BLOCK_TOKENS = 16
-"""Tokens of one block; small enough to waste little, large enough for coalesced reads."""
+from hexswarm.prefix import BLOCK_TOKENS as BLOCK_TOKENS
 
 UNUSED_LEASES = 3
 """So many times `lease_s` a lease lives without a step, at the most."""
 
+KEPT_S = 600.0
+"""So long KV with a name outlives the session that left it, if nobody asks for it."""
+
 _FIRST_LIFE_S = 10.0
 """How long a session is expected to live before any has ended here."""
-
-
-class KvFull(HexswarmError):
-    """Not enough free blocks; `retry_s` guesses when there will be (0: never, the pool is small).
-
-    The server answers it with a `Refused` of code "full", which adds the peer's name.
-    """
-
-    def __init__(self, tokens: int, free_tokens: int, retry_s: float) -> None:
-        again = f"try again in {retry_s:.0f} s" if retry_s else "ask for fewer tokens"
-        super().__init__(f"KV for {tokens} tokens wanted, {free_tokens} free", remedy=again)
-        self.tokens, self.free_tokens, self.retry_s = tokens, free_tokens, retry_s
-
-
-class KvGap(RemoteProtocolError):
-    """A step starts above the cached length; `length` is where it should have started."""
-
-    def __init__(self, position: int, length: int) -> None:
-        super().__init__(
-            f"a step at position {position} leaves a gap: {length} tokens are cached",
-            remedy=f"replay from position {length}",
-        )
-        self.position, self.length = position, length
-
-
-class BeyondLease(RemoteProtocolError):
-    """A step ends above the tokens leased."""
-
-    def __init__(self, end: int, tokens: int) -> None:
-        super().__init__(
-            f"a step ends at position {end}, the session leased {tokens} tokens",
-            remedy="extend the lease or open the session with more tokens",
-        )
-        self.end, self.tokens = end, tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Lease:
-    """Blocks of one session in the order of its tokens: token t lies in `blocks[t // 16]`."""
-
-    session: SessionKey
-    tokens: int
-    """Positions allowed; the last block may have room for more."""
-    blocks: tuple[int, ...]
-
-    @property
-    def consecutive(self) -> bool:
-        """One run: the session's KV is a view of the pool."""
-        return self.blocks[-1] - self.blocks[0] == len(self.blocks) - 1 and all(
-            b == a + 1 for a, b in zip(self.blocks, self.blocks[1:], strict=False)
-        )
 
 
 @dataclass(slots=True)
@@ -101,43 +62,98 @@ class _Holder:
     stepped_s: float
     """When a step came or ended."""
     length: int = 0
+    computed: int = 0
+    """Tokens of it whose step has ended well."""
+    names: tuple[Name, ...] = ()
+    """Of the prompt's blocks; none any more once something else was written in their place."""
+    frozen: int = 0
+    """Blocks from this one on have no name and no other holder."""
+    begun: bool = False
+    """A step came: until then the client has not said how much of `known` it wants."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixCounts:
+    """What names were good for, so far."""
+
+    asked: int = 0
+    """Sessions that named what they begin with,"""
+    found: int = 0
+    """those of them that began with some of it,"""
+    tokens: int = 0
+    """and the tokens that were not computed again."""
 
 
 class BlockTables:
-    """All leases over a pool of `blocks` blocks."""
+    """All leases over a pool of `blocks` blocks; with `keep`, blocks with names outlive them."""
 
-    def __init__(self, blocks: int, *, lease_s: float = 60.0) -> None:
+    def __init__(
+        self, blocks: int, *, lease_s: float = 60.0, keep: bool = True, kept_s: float = KEPT_S
+    ) -> None:
         if blocks < 1:
             raise UsageError("the KV pool has at least one block")
         self.total_blocks = blocks
         self.lease_s = lease_s
         self.on_release: Callable[[tuple[int, ...]], None] = lambda blocks: None
-        """Told of the blocks of every lease that ends."""
+        """Told of blocks that are free and have no name any more."""
+        self.prefixes = PrefixCounts()
+        self._keep = keep
         self._holders: dict[SessionKey, _Holder] = {}
-        self._free = _Runs(blocks)
+        self._pool = BlockPool(blocks, lambda blocks: self.on_release(blocks), kept_s=kept_s)
         self._life_s = min(_FIRST_LIFE_S, lease_s)
 
     @property
     def free_blocks(self) -> int:
-        return self._free.count
+        return self._pool.free
+
+    @property
+    def kept_blocks(self) -> int:
+        """Those of the free blocks that hold what an ended session left under a name."""
+        return self._pool.kept
 
     @property
     def free_tokens(self) -> int:
         """Tokens that one new session could lease."""
-        return self._free.count * BLOCK_TOKENS
+        return self._pool.free * BLOCK_TOKENS
 
     @property
     def sessions(self) -> tuple[SessionKey, ...]:
         return tuple(self._holders)
 
-    def lease(self, session: SessionKey, tokens: int, now: float) -> Lease:
-        """Reserve blocks for `tokens` tokens or raise KvFull."""
+    def lease(
+        self,
+        session: SessionKey,
+        tokens: int,
+        now: float,
+        names: Sequence[Name] = (),
+        *,
+        publish: bool = True,
+    ) -> Lease:
+        """Reserve blocks for `tokens` tokens or raise KvFull.
+
+        Blocks called by `names`, from the first on, are held and not computed again; what is
+        computed is filed under the others if `publish`.
+        """
         if session in self._holders:
             raise RemoteProtocolError("the session is open already")
         if tokens < 1:
             raise UsageError("a session leases at least one token")
-        lease = Lease(session, tokens, self._take(tokens, blocks_of(tokens), None, now))
-        self._holders[session] = _Holder(lease, opened_s=now, used_s=now, stepped_s=now)
+        # The last token is always computed: what comes after it is asked for.
+        names = tuple(names[: (tokens - 1) // BLOCK_TOKENS]) if self._keep else ()
+        held = self._pool.find(names)
+        if blocks_of(tokens) - len(held) > self._pool.free - self._pool.kept_among(held):
+            raise self._full(tokens, blocks_of(tokens) - len(held), now)
+        self._pool.hold(held)
+        after = held[-1] + 1 if held else None
+        blocks = held + self._pool.take(blocks_of(tokens) - len(held), after)
+        known = len(held) * BLOCK_TOKENS
+        lease = Lease(session, tokens, blocks, known)
+        holder = _Holder(lease, opened_s=now, used_s=now, stepped_s=now, length=known)
+        holder.computed, holder.frozen = known, len(held)
+        holder.names = names if publish else ()
+        self._holders[session] = holder
+        if names:
+            self.prefixes = replace(self.prefixes, asked=self.prefixes.asked + 1)
         return lease
 
     def extend(self, session: SessionKey, tokens: int, now: float) -> Lease:
@@ -167,8 +183,23 @@ class BlockTables:
             raise KvGap(position, holder.length)
         if position + count > holder.lease.tokens:
             raise BeyondLease(position + count, holder.lease.tokens)
+        self._make_way(holder, position, now)
+        if not holder.begun:
+            self._begin(holder, position)
         holder.length = position + count
         holder.used_s = holder.stepped_s = now
+
+    def computed(self, session: SessionKey, end: int, now: float) -> None:
+        """A step that wrote up to `end` ended well: full blocks may be found from now on."""
+        holder = self._holders.get(session)
+        if holder is None:
+            return
+        holder.used_s = holder.stepped_s = now
+        holder.computed = max(holder.computed, min(end, holder.length))
+        full = min(len(holder.names), holder.computed // BLOCK_TOKENS)
+        for index in range(holder.frozen, full):
+            self._pool.publish(holder.names[index], holder.lease.blocks[index])
+        holder.frozen = max(holder.frozen, full)
 
     def renew(self, session: SessionKey, now: float) -> None:
         """A step of the session ended; a long prompt may compute for longer than `lease_s`."""
@@ -181,6 +212,8 @@ class BlockTables:
         if session in self._holders:
             holder = self._holders[session]
             holder.length = min(holder.length, position)
+            holder.computed = min(holder.computed, position)
+            holder.begun, holder.names = True, ()
 
     def length(self, session: SessionKey) -> int:
         return self._holder(session).length
@@ -191,21 +224,38 @@ class BlockTables:
     def blocks(self, session: SessionKey) -> tuple[int, ...]:
         return self._holder(session).lease.blocks
 
-    def release(self, session: SessionKey, now: float) -> bool:
-        """End the lease; False if there is none (closing twice is no mistake)."""
+    def release(self, session: SessionKey, now: float, names: Sequence[Name] = ()) -> bool:
+        """End the lease; False if there is none (closing twice is no mistake).
+
+        `names` are those of all that the session holds: full blocks stay under them.
+        """
         holder = self._holders.pop(session, None)
         if holder is None:
             return False
-        self._free.give(holder.lease.blocks)
-        self.on_release(holder.lease.blocks)
+        if self._keep:
+            self._file(holder, names)
+        self._pool.give(holder.lease.blocks, now)
         self._life_s += 0.2 * (now - holder.opened_s - self._life_s)
         return True
 
+    def borrow(self, count: int, now: float) -> tuple[int, ...]:
+        """Blocks for a moment and for no session, or KvFull; `give_back` ends it."""
+        if count > self._pool.free:
+            raise self._full(count * BLOCK_TOKENS, count, now)
+        return self._pool.take(count)
+
+    def give_back(self, blocks: tuple[int, ...], now: float) -> None:
+        self._pool.give(blocks, now)
+
     def expire(self, now: float) -> list[SessionKey]:
-        """End the leases that nothing renewed for `lease_s` and name their sessions."""
+        """End the leases that nothing renewed for `lease_s` and name their sessions.
+
+        What was kept of others for too long goes, too.
+        """
         old = [key for key, held in self._holders.items() if self._idle(held, now)]
         for session in old:
             self.release(session, now)
+        self._pool.forget(now)
         return old
 
     def _idle(self, held: _Holder, now: float) -> bool:
@@ -221,64 +271,61 @@ class BlockTables:
                 remedy="open it again and replay",
             ) from None
 
+    def _begin(self, holder: _Holder, position: int) -> None:
+        """The first step says with how much of what was known the session begins."""
+        holder.begun = True
+        if position:
+            last = self.prefixes
+            self.prefixes = replace(last, found=last.found + 1, tokens=last.tokens + position)
+
+    def _make_way(self, holder: _Holder, position: int, now: float) -> None:
+        """Before a step writes from `position` on: let nobody find, or read, what was there."""
+        first, table = position // BLOCK_TOKENS, holder.lease.blocks
+        holder.computed = min(holder.computed, position)
+        if position < holder.length and holder.begun:
+            holder.names = ()
+        if first >= holder.frozen:
+            return
+        shared = [i for i in range(first, holder.frozen) if self._pool.holders(table[i]) > 1]
+        if position % BLOCK_TOKENS and first in shared:
+            raise SharedBlock(position)
+        if len(shared) > self._pool.free:
+            raise self._full(holder.lease.tokens, len(shared), now)
+        for index in range(first, holder.frozen):
+            if index not in shared or not holder.begun:  # what it computes now is the newest
+                self._pool.unname(table[index])
+        if shared:
+            fresh = dict(zip(shared, self._pool.take(len(shared)), strict=True))
+            blocks = tuple(fresh.get(i, block) for i, block in enumerate(table))
+            holder.lease = replace(holder.lease, blocks=blocks)
+            self._pool.give([table[i] for i in shared], now)
+        holder.frozen = first
+
+    def _file(self, holder: _Holder, names: Sequence[Name]) -> None:
+        """Put what the session computed under `names`, as far as they agree with what is there."""
+        for name, block in zip(
+            names[: holder.computed // BLOCK_TOKENS], holder.lease.blocks, strict=False
+        ):
+            if self._pool.name(block) not in (None, name):
+                return
+            self._pool.publish(name, block)
+
     def _take(self, tokens: int, count: int, after: int | None, now: float) -> tuple[int, ...]:
-        if count > self._free.count:
-            raise KvFull(tokens, self.free_tokens, self._retry_s(tokens, count, now))
-        return self._free.take(count, after)
+        if count > self._pool.free:
+            raise self._full(tokens, count, now)
+        return self._pool.take(count, after)
+
+    def _full(self, tokens: int, count: int, now: float) -> KvFull:
+        return KvFull(tokens, self.free_tokens, self._retry_s(tokens, count, now))
 
     def _retry_s(self, tokens: int, count: int, now: float) -> float:
         """When enough sessions will have ended, if they live as long as those before them."""
         if blocks_of(tokens) > self.total_blocks:
             return 0.0
-        free, wait_s = self._free.count, 1.0
+        free, wait_s = self._pool.free, 1.0
         for holder in sorted(self._holders.values(), key=lambda held: held.opened_s):
             if free >= count:
                 break
             free += len(holder.lease.blocks)
             wait_s = max(wait_s, holder.opened_s + self._life_s - now)
         return min(wait_s, self.lease_s)
-
-
-def blocks_of(tokens: int) -> int:
-    """Blocks that `tokens` tokens fill."""
-    return -(-tokens // BLOCK_TOKENS)
-
-
-class _Runs:
-    """The free blocks as maximal runs [start, end), found by either end."""
-
-    def __init__(self, blocks: int) -> None:
-        self.count = blocks
-        self._end_of = {0: blocks}
-        self._start_of = {blocks: 0}
-
-    def take(self, count: int, after: int | None) -> tuple[int, ...]:
-        """Remove `count` blocks: right at `after`, else the tightest run, else the longest runs."""
-        self.count -= count
-        if after is not None and self._end_of.get(after, after) - after >= count:
-            return self._cut(after, count)
-        fitting = [(end - s, s) for s, end in self._end_of.items() if end - s >= count]
-        if fitting:
-            return self._cut(min(fitting)[1], count)
-        taken: list[int] = []
-        for length, start in sorted(((end - s, -s) for s, end in self._end_of.items()))[::-1]:
-            taken += self._cut(-start, min(length, count - len(taken)))
-            if len(taken) == count:
-                break
-        return tuple(taken)
-
-    def give(self, blocks: tuple[int, ...]) -> None:
-        """Put blocks back, joined with their free neighbours."""
-        self.count += len(blocks)
-        for block in blocks:
-            end = self._end_of.pop(block + 1, block + 1)
-            start = self._start_of.pop(block, block)
-            self._end_of[start], self._start_of[end] = end, start
-
-    def _cut(self, start: int, count: int) -> tuple[int, ...]:
-        """Remove the first `count` blocks of the run at `start`."""
-        end = self._end_of.pop(start)
-        del self._start_of[end]
-        if start + count < end:
-            self._end_of[start + count], self._start_of[end] = end, start + count
-        return tuple(range(start, start + count))

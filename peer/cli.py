@@ -20,7 +20,7 @@ def run(flags: argparse.Namespace) -> int:
     config = from_flags(PeerConfig, flags)
     from hexswarm.peer.daemon import run_peer  # torch takes seconds: not before the flags are right
 
-    asyncio.run(run_peer(config, Terminal(), _say, stop_on_signals))
+    asyncio.run(run_peer(config, Terminal(), _say, stop_on_signals, _offer))
     return 0
 
 
@@ -36,17 +36,27 @@ def stop_on_signals(stop: Callable[[], None]) -> None:
         loop.add_signal_handler(number, first, number)
 
 
+def _offer(peer: Peer) -> None:
+    print(f"waiting for the group {peer.config.group} as {peer.peer}", flush=True)
+    _tell_addresses(peer)
+
+
 def _say(peer: Peer) -> None:
     served = peer.served
     speed = served.measured.speed
     per_token_s = speed.decode_layer_s * len(served.span) + speed.head_s
     print(
         f"serving layers {served.span} of {served.folder.spec.name} as {peer.peer} "
-        f"({served.dtype} on {served.device}, {1 / max(per_token_s, 1e-9):.0f} steps/s, "
+        f"({', '.join(filter(None, [f'{served.dtype} on {served.device}', served.host.title]))}, "
+        f"{1 / max(per_token_s, 1e-9):.0f} steps/s, "
         f"KV for {peer.config.kv_tokens} tokens)",
         flush=True,
     )
     if peer.metrics_port is not None:
         print(f"metrics http://127.0.0.1:{peer.metrics_port}/metrics", flush=True)
+    _tell_addresses(peer)
+
+
+def _tell_addresses(peer: Peer) -> None:
     for address in peer.addresses:
         print(f"address {address}/p2p/{peer.peer}", flush=True)

@@ -1,7 +1,8 @@
-"""What rank 0 of a group tells the other ranks of this machine, as messages over a socket.
+"""What rank 0 of a group tells the other ranks, as messages; how they go over a socket.
 
 A message is a length and a msgpack list `[kind, field, ...]`; kinds and fields are in `Follower` of
-`hexswarm.peer.rank`, their only reader. The processes trust each other: rank 0 started the others.
+`hexswarm.peer.following`, their only reader. Processes of one machine trust each other: rank 0
+started the others.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from hexswarm.errors import RemoteProtocolError
 from hexswarm.kernels.ragged import Extent
 from hexswarm.peer.cuts import Part
 from hexswarm.peer.shared_sums import TERM, TIMEOUT_S
+from hexswarm.records import Span
 
 MOST_BYTES = 1 << 26
 """Of a message: token ids and block tables of a large batch."""
@@ -40,8 +42,27 @@ class Plan:
     threads: int
     """Of each rank but the first, whose owner decides."""
     quant: str = "none"
+    devices: tuple[str, ...] = ()
+    """Of each rank; none: all on the CPU."""
+    backend: str = "auto"
+    """Of the shards, the same at all ranks: they must sum alike."""
+    sums: str = "shared"
+    """"shared" memory, "nccl" or "gloo"."""
+    even: bool = True
+    """Whether all ranks can hold a step in one graph."""
+    meeting: str = ""
+    """File by which ranks with process groups find each other."""
+    generation: int = 0
+    """How many groups rank 0 has led before."""
     term: int = TERM
     timeout_s: float = TIMEOUT_S
+
+    def device(self, rank: int) -> str:
+        return self.devices[rank] if self.devices else "cpu"
+
+    @property
+    def span(self) -> Span:
+        return Span(self.first, self.end)
 
 
 def send(door: socket.socket, message: Sequence[Any]) -> None:
@@ -83,6 +104,7 @@ def pack_plan(plan: Plan, part: Part) -> list[Any]:
 
 def unpack_plan(message: Sequence[Any]) -> tuple[Plan, Part]:
     _, plan, rank, size, cells = message
+    plan["devices"] = tuple(plan["devices"])
     return Plan(**plan), Part(rank, size, *(range(*cell) for cell in cells))
 
 

@@ -2,49 +2,44 @@
 
     resolve model ─ join ─ claim a span ─ load ─ probe ─ settle ─ announce ─ serve ─ drain ─ leave
 
-A peer that was given no span may move while it lives: drain, load, announce, serve again. Each part
-is somebody else's (store, loading, engine, stage table, links; `moving` chooses layers, `telling`
-announces, `surveying` measures); this file owns the order in which they start and end.
+A peer that was given no span may move while it lives: drain, load, announce, serve again. A peer
+whose host is lost (a rank of its group died or froze, see `hosting`) fails its sessions at once,
+tells that it is joining, and starts the host again with the same layers. Each part is somebody
+else's (store, loading, engine, stage table, links; `moving` chooses layers, `telling` announces,
+`surveying` measures); this file owns the order in which they start and end.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import random
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, Literal
 
 from hexswarm.clock import RealClock
 from hexswarm.config import PeerConfig
 from hexswarm.directory import INDEX
+from hexswarm.errors import HexswarmError, MemberLost
 from hexswarm.identity import Identity
 from hexswarm.membership import Membership
-from hexswarm.peer.admission import Hosted
+from hexswarm.peer.actions import STEP
 from hexswarm.peer.advising import Advising
-from hexswarm.peer.cache import BlockTables
-from hexswarm.peer.engine import Engine
-from hexswarm.peer.journal import DEFAULT_BYTES, FREE_SHARE, Journal
+from hexswarm.peer.assembly import assemble
+from hexswarm.peer.away import answers
+from hexswarm.peer.fitting import MEMORY_SHARE, kept_bits, longest_runs
+from hexswarm.peer.groups.actions import AUTO
+from hexswarm.peer.groups.entry import enter
+from hexswarm.peer.hosting import Machine
 from hexswarm.peer.life import Life
-from hexswarm.peer.loading import (
-    MEMORY_SHARE,
-    Served,
-    check_span,
-    choose_device,
-    kept_bits,
-    load,
-    longest_runs,
-)
+from hexswarm.peer.loading import Served, check_span, choose_device, load
 from hexswarm.peer.memory import free_bytes
 from hexswarm.peer.moving import Mover
-from hexswarm.peer.pace import Pace
 from hexswarm.peer.placement import Placement
-from hexswarm.peer.scheduler import Policy, Scheduler
 from hexswarm.peer.server import PeerServer
-from hexswarm.peer.stage import StageTable
 from hexswarm.peer.steps import Result
-from hexswarm.peer.steptime import StepTime
 from hexswarm.peer.surveying import Surveyor
 from hexswarm.peer.telling import Teller
 from hexswarm.progress import Progress
@@ -58,22 +53,37 @@ log = logging.getLogger(__name__)
 
 STOP_S = 3.0
 """A device that hangs for longer than this is left behind."""
+LOST_STOP_S = 15.0
+"""For a device thread to come back from a sum that was ended, on GPUs after seconds of polling."""
+LOOK_S = 0.25
+"""So often the host is asked whether it is lost."""
+
+End = Literal["stopping", "moving", "lost"]
+"""Why layers are served no longer."""
 
 
 class Peer:
     """A peer of the swarm: `start`, then `serve` until told to stop, then `leave`."""
 
-    def __init__(self, config: PeerConfig, progress: Progress) -> None:
-        self.config = config
+    def __init__(
+        self,
+        config: PeerConfig,
+        progress: Progress,
+        on_waiting: Callable[[Peer], None] = lambda peer: None,
+    ) -> None:
+        """`on_waiting` is called when others may ask us into their group."""
+        self.config, self._on_waiting = config, on_waiting
         member = Membership(config, RealClock(), software=f"hexswarm/{__version__}")
         self._identity_path = config.identity or config.folder / "identity" / "peer.key"
         identity = Identity.claim(self._identity_path)
         self._life = Life(config, member, identity, random.Random(identity.public))
+        self._life.hosting = Machine(config, self._life.clock)
         self._teller = Teller(self._life)
         self._mover = Mover(self._life, self._teller)
         self._surveyor = Surveyor(self._life)
         self._progress = progress
         self._stop = asyncio.Event()
+        self._grouping: asyncio.Task[None] | None = None
         self._scrapes = Scrapes(self._teller.metrics)
         self.metrics_port: int | None = None
         """Of the loopback, where whoever watches this machine reads our numbers."""
@@ -108,12 +118,14 @@ class Peer:
         await life.member.join(self._on_frames, self._on_lost, identity=self._identity_path)
         life.member.follow(INDEX)
         await life.member.refresh()
-        if config.span is None:
+        if config.span is None and config.group in ("off", AUTO):
             self._choose_freely(folder)
         await self._mover.claim()
+        if config.group != "off":
+            await self._offer()
         claiming = asyncio.create_task(self._teller.for_ever())
         try:  # a slow disk outlives an announcement
-            await self._load()
+            await self._load_first()
         finally:
             claiming.cancel()
             await asyncio.gather(claiming, return_exceptions=True)
@@ -129,17 +141,21 @@ class Peer:
                 tasks.create_task(self._mover.advise_for_ever()),
                 tasks.create_task(self._life.member.transport.died()),
             ]
-            while await self._serve_span(tasks) and await self._unless_stopped(self._move(), tasks):
-                pass
+            while (end := await self._serve_span(tasks)) != "stopping":
+                again = self._move() if end == "moving" else self._recover()
+                if not await self._unless_stopped(again, tasks):
+                    break
             for task in running:
                 task.cancel()
 
     async def leave(self) -> None:
-        """Stop the device thread and the network, however far `start` had come."""
+        """Stop the device thread, its host and the network, however far `start` had come."""
         await self._scrapes.close()
-        if self._life.engine is not None:
-            await asyncio.to_thread(self._life.engine.stop, STOP_S)
-        await self._life.member.close()
+        try:
+            await self._leave_group()
+        finally:
+            await self._close_host()
+            await self._life.member.close()
 
     async def run(self, on_ready: Callable[[Peer], None]) -> None:
         """The whole life, from `start` to `leave`; a stop is obeyed at any moment of it."""
@@ -168,9 +184,13 @@ class Peer:
     def _choose_freely(self, folder: ModelFolder) -> None:
         """Nobody gave us layers: we choose, and follow advice unless that is not wished."""
         life, config, digest = self._life, self.config, folder.spec.digest
-        budget = config.memory or int(free_bytes(life.device) * MEMORY_SHARE)
         bits = kept_bits(config, folder, life.device, life.dtype)
-        longest = longest_runs(folder, config.kv_tokens, life.dtype, budget, bits)
+        places, ranks = life.hosting.places(life.device), None
+        budget = config.memory or int(free_bytes(life.device) * MEMORY_SHARE)
+        if places is not None:
+            places = places.share(MEMORY_SHARE, config.memory)
+            budget, ranks = sum(places.rooms_bytes), (config.tensor_parallel, places)
+        longest = longest_runs(folder, config.kv_tokens, life.dtype, budget, bits, ranks)
         hidden_bytes = folder.spec.hidden * DTYPES[life.dtype]
         life.placement = Placement(
             self.peer, digest, longest, hidden_bytes, life.rng, config.hole_s
@@ -179,60 +199,70 @@ class Peer:
             life.advising = Advising(self.peer, digest, longest, hidden_bytes)
             life.member.follow_advice(digest)
 
+    async def _offer(self) -> None:
+        """Be to be had for groups, from now to the end."""
+        life = self._life
+        life.addresses = await life.member.transport.addresses()
+        life.groups = groups = await enter(life, life.hosting, self._progress)
+        life.hosting = groups
+        self._grouping = asyncio.create_task(groups.run_for_ever())
+        self._grouping.add_done_callback(lambda _: self._stop.set())
+        if self.config.group != AUTO:
+            self._on_waiting(self)
+
+    async def _leave_group(self) -> None:
+        """Tell the others; raises what kept us from being in groups."""
+        if self._life.groups is not None and self._grouping is not None:
+            self._grouping.cancel()
+            await self._life.groups.close()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._grouping
+
+    async def _load_first(self) -> None:
+        """Others of a group may be lost again before it serves; our own devices are not."""
+        life = self._life
+        while True:
+            await life.hosting.ready()
+            try:
+                await self._load()
+                return
+            except MemberLost as error:
+                if life.groups is None:
+                    raise
+                life.hosting.lost(error)
+
     async def _load(self) -> None:
-        """Load what is claimed."""
+        """Load what is claimed; the host is ready to be started."""
         life, span, began_s = self._life, self._life.claimed, self._life.clock.monotonic()
         folder = await self._resolve(span=span)
-        life.served = await asyncio.to_thread(
-            load, self.config, folder, span, life.device, life.dtype, self._progress
-        )
-        self._assemble()
+        given = (folder, span, life.device, life.dtype, self._progress, life.hosting)
+        life.served = await asyncio.to_thread(load, self.config, *given)
+        life.engine, life.server = assemble(life, self._on_results)
         if life.advising is not None:
             life.advising.load_s = max(1.0, life.clock.monotonic() - began_s)
 
-    def _assemble(self) -> None:
-        life, served, spec = self._life, self.served, self.served.folder.spec
-        hosted = Hosted(self.peer, spec.digest, served.span, spec.layers, spec.hidden)
-        policy = Policy.of(
-            spec.hidden * DTYPES[served.dtype],
-            head=served.span.first == 0,
-            efficient_tokens=served.measured.efficient_tokens,
-            stages=-(-spec.layers // len(served.span)),
-            accelerator=served.device != "cpu",
-        )
-        tables = BlockTables(served.blocks, lease_s=self.config.lease_s)
-        speed = served.measured.speed
-        times = StepTime.probed(speed, len(served.span))
-        engine = Engine(
-            served.runner,
-            Scheduler(policy, tables.blocks, times=times),
-            tables,
-            clock=life.clock,
-            deliver=self._on_results,
-            pace=Pace(speed, served.span, spec.layers),
-            forget=served.runner.forget,
-        )
-        table = StageTable(hosted, engine, Journal(self._journal_bytes()))
-        server = PeerServer(table, engine, life.member.links, life.clock)
-        engine.start()
-        life.engine, life.server = engine, server
-
-    def _journal_bytes(self) -> int:
-        if self.config.journal is not None:
-            return self.config.journal
-        return min(DEFAULT_BYTES, free_bytes("cpu") // FREE_SHARE)
-
     def _on_frames(self, peer: PeerId, frames: list[Frame]) -> None:
+        if self._life.groups is not None:
+            frames = self._life.groups.on_frames(peer, frames)
         if self._life.server is not None:
             self._life.server.on_frames(peer, frames)
+        elif said := answers(self.peer, frames):
+            self._life.member.links.send(peer, [(message, b"") for message in said], STEP)
 
     def _on_lost(self, peer: PeerId, how: str) -> None:
+        if self._life.groups is not None:
+            self._life.groups.on_lost(peer)
         if self._life.server is not None:
             self._life.server.on_lost(peer, how)
 
     def _on_results(self, results: list[Result]) -> None:
-        if self._life.server is not None:
-            self._life.server.deliver(results)
+        server = self._life.server
+        if server is None:
+            return  # late
+        if self._lost is None:
+            server.deliver(results)
+        else:  # numbers of ranks that are not in step mean nothing
+            self._fail(self._lost)
 
     async def _go_online(self) -> None:
         life = self._life
@@ -243,41 +273,111 @@ class Peer:
             life.placement.settle(life.online_s)
         await self._teller.announce()
 
-    async def _serve_span(self, tasks: asyncio.TaskGroup) -> bool:
-        """Serve these layers and drain; True: to serve others, False: because we shall stop."""
-        server = self._life.server
+    async def _serve_span(self, tasks: asyncio.TaskGroup) -> End:
+        """Serve these layers, and drain unless they are lost: why that ended."""
+        life, server = self._life, self._life.server
         assert server is not None
         expiring = tasks.create_task(server.expire_for_ever())
-        moving = await self._unless_stopped(self._mover.wish(), tasks)
+        losing = tasks.create_task(self._watch())
+        serving = tasks.create_task(self._serve_and_drain(server, tasks))
+        await asyncio.wait({losing, serving}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (expiring, losing, serving):
+            task.cancel()
+        if life.server is None:
+            return "stopping" if self._stop.is_set() else "lost"
+        return "moving" if serving.result() and not self._stop.is_set() else "stopping"
+
+    async def _serve_and_drain(self, server: PeerServer, tasks: asyncio.TaskGroup) -> bool:
+        """True if we wish to move."""
+        grouped = self._life.groups is not None and self._life.groups.leading
+        wish = asyncio.Event().wait() if grouped else self._mover.wish()
+        moving = await self._unless_stopped(wish, tasks)
         self._life.state = "draining"
         await server.drain(self.config.drain_s, self._teller.announce)
-        expiring.cancel()
-        return moving and not self._stop.is_set()
+        return moving
+
+    @property
+    def _lost(self) -> MemberLost | None:
+        """Why the host can compute no longer."""
+        return self.served.host.lost
+
+    async def _watch(self) -> None:
+        """Return when the host is lost; its sessions are failed then."""
+        while self._life.server is not None:
+            if (lost := self._lost) is not None:
+                self._fail(lost)
+                return
+            await asyncio.sleep(LOOK_S)
+
+    def _fail(self, lost: MemberLost) -> None:
+        """Hand all sessions back at once, and serve no longer."""
+        life, server = self._life, self._life.server
+        if server is None:
+            return
+        log.error("the host of layers %s is lost: %s", self.served.span, lost.cause)
+        server.carry_out(server.table.end_all())
+        life.server, life.state, life.claimed = None, "joining", self.served.span
 
     async def _unless_stopped(
-        self, work: Coroutine[Any, Any, None], tasks: asyncio.TaskGroup
+        self, work: Coroutine[Any, Any, Any], tasks: asyncio.TaskGroup
     ) -> bool:
         """True when `work` is done, False if we were told to stop before that."""
         working, stopping = tasks.create_task(work), tasks.create_task(self._stop.wait())
-        await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        done = working.done()
-        for task in (working, stopping):
-            task.cancel()
-        return done
+        try:
+            await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            return working.done()
+        finally:
+            for task in (working, stopping):
+                task.cancel()
 
     async def _move(self) -> None:
         """From drained to online with the claimed layers."""
         life = self._life
         log.warning("moving from layers %s to %s", self.served.span, life.claimed)
-        engine, life.engine, life.server = life.engine, None, None
-        assert engine is not None
-        await asyncio.to_thread(engine.stop, STOP_S)
+        life.server = None
+        await self._close_host()
         life.state = "joining"
-        del life.served, engine
-        gc.collect()  # the old weights go before the new ones come
         await self._mover.claim_again()
+        await life.hosting.ready()
         await self._load()
         await self._go_online()
+
+    async def _recover(self) -> None:
+        """From a lost host to online with the same layers; raises when the hosting gives up."""
+        life, lost = self._life, self._lost
+        assert lost is not None
+        _forget_where(lost)
+        await self._close_host()
+        life.hosting.lost(lost)
+        while True:
+            await life.hosting.ready()
+            try:
+                await self._load()
+                break
+            except HexswarmError as error:
+                log.error("the host does not start again: %s", error)
+                _forget_where(error)
+                life.hosting.lost(error)
+        await self._go_online()
+
+    async def _close_host(self) -> None:
+        """End the device thread and its host, and let go of the weights before others come."""
+        life, engine, self._life.engine = self._life, self._life.engine, None
+        if engine is None:
+            return
+        served = life.served
+        lost = served.host.lost
+        stopped = await asyncio.to_thread(engine.stop, STOP_S if lost is None else LOST_STOP_S)
+        await asyncio.to_thread(served.host.close)
+        if lost is not None and not stopped and not self._stop.is_set():
+            raise MemberLost(lost.rank, lost.peer, lost.epoch, f"{lost.how}; the device hangs")
+        del life.served, served, engine
+        gc.collect()
+
+
+def _forget_where(error: BaseException) -> None:
+    """Where it was raised: the frames hold the weights that have to go."""
+    error.__traceback__ = error.__cause__ = error.__context__ = None
 
 
 async def run_peer(
@@ -285,8 +385,9 @@ async def run_peer(
     progress: Progress,
     on_ready: Callable[[Peer], None],
     stop_with: Callable[[Callable[[], None]], None],
+    on_waiting: Callable[[Peer], None] = lambda peer: None,
 ) -> None:
     """Run a peer until it is told to stop; `stop_with` registers how to tell it."""
-    peer = Peer(config, progress)
+    peer = Peer(config, progress, on_waiting)
     stop_with(peer.request_stop)
     await peer.run(on_ready)

@@ -19,13 +19,17 @@ vanish and the length is taken back. A closed session's blocks may be leased ane
 batch still runs: the newcomer's first write comes after that batch, on the same thread, and after
 the blocks were erased there (`forget`).
 
+Two batches may be under way on a GPU, which computes what it was told while the host goes on: the
+next one is picked shortly before the last is expected to end, as late as can be, since a batch
+costs one reading of the weights whatever is in it, and who comes a moment later should not miss it.
+Then the last one's results are handed over while the next one is computed. A session is in one of
+them at most, unless its next row could be foreseen (`hexswarm.peer.foresight`). A batch with a
+prompt waits until the last one has landed: its many launches would hold those results up.
+
 Failures. A step that leaves a gap, exceeds its lease, or belongs to no session gives a
-`Result.error` for its session only. If the runner raises (out of memory included), one line is
-logged (with the way to where it was raised once per kind; an exception's own words may quote what
-somebody wrote, and are for those who debug), the rows of that batch are tried once more, each by
-itself, so that what one session brought takes no other along, and those that raise again fail.
-Nothing is tried a third time, and the thread lives on: a volunteer who starts a game must not lose
-the peer.
+`Result.error` for its session only. If the runner raises, the rows of that batch are tried once
+more, each by itself (`hexswarm.peer.attempts`), and the thread lives on: a volunteer who starts a
+game must not lose the peer.
 A row that fails after its session was taken back behind it (a new turn, another route) is nobody's
 concern: what has been submitted since then stays.
 """
@@ -34,22 +38,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import threading
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from hexswarm.clock import Clock
 from hexswarm.errors import HexswarmError, RemoteProtocolError, SessionClosed
-from hexswarm.peer.cache import BLOCK_TOKENS, BlockTables, Lease
-from hexswarm.peer.gauges import BatchGauges, EngineGauges
+from hexswarm.peer.attempts import Attempts, Job, Runner
+from hexswarm.peer.blocks import Name
+from hexswarm.peer.cache import BLOCK_TOKENS, BlockTables
+from hexswarm.peer.foresight import Foresight
+from hexswarm.peer.gauges import BatchGauges, Counters, EngineGauges
+from hexswarm.peer.leases import KvFull, Lease
 from hexswarm.peer.load import LoadMeter
 from hexswarm.peer.pace import Pace
-from hexswarm.peer.scheduler import Scheduler
-from hexswarm.peer.steps import Batch, Result, Row, SessionKey, Step
+from hexswarm.peer.scheduler import Scheduler, Wait
+from hexswarm.peer.steps import Batch, Result, SessionKey, Step
 from hexswarm.records import Load, Speed
 
 log = logging.getLogger(__name__)
@@ -59,22 +67,13 @@ T = TypeVar("T")
 Deliver = Callable[[list[Result]], None]
 
 
-class Runner(Protocol):
-    """What computes batches; called by the device thread only."""
-
-    def run(self, batch: Batch) -> Sequence[Result]:
-        """One result per row, in the order of the rows."""
-
-
-@dataclass(frozen=True, slots=True)
-class Counters:
-    """What the device did since the engine started; differences of two give rates."""
-
-    batches: int = 0
-    rows: int = 0
-    tokens: int = 0
-    crashes: int = 0
-    busy_s: float = 0.0
+SWITCH_S = 0.0005
+"""For which the event loop may keep the interpreter to itself while a device is waiting for us;
+Python's own 5 ms are half a step. Set once there is such a device."""
+LEAST_LEAD_S, MOST_LEAD_S = 0.0005, 0.005
+EARLY = 0.9
+"""The next batch is picked when this much of the expected time of the last has passed, less what
+picking and launching take: a guess that is a little long must not let the device stand still."""
 
 
 class Engine:
@@ -105,8 +104,13 @@ class Engine:
         self._wake = threading.Condition(threading.Lock())
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._stopping = False
-        self._crash_kinds: set[type[Exception]] = set()
-        self._failure = ""
+        self._attempts = Attempts(runner)
+        self._foresight = Foresight(cache)
+        self._aloft: Job | None = None
+        """What the device computes while the host goes on."""
+        self._landed_s = 0.0
+        self._lead_s = LEAST_LEAD_S
+        """What picking and launching took lately."""
         self._forget = forget
         self._ended: list[int] = []
         """Blocks that are to be erased."""
@@ -139,21 +143,32 @@ class Engine:
     def alive(self) -> bool:
         return self._thread.is_alive() and not self._stopping
 
-    def open(self, session: SessionKey, tokens: int) -> Lease:
-        """Lease KV for a new session or raise KvFull."""
+    def open(
+        self,
+        session: SessionKey,
+        tokens: int,
+        names: Sequence[Name] = (),
+        *,
+        publish: bool = True,
+    ) -> Lease:
+        """Lease KV for a new session or raise KvFull; see `BlockTables.lease`."""
         with self._wake:
-            return self._cache.lease(session, tokens, self._clock.monotonic())
+            now = self._clock.monotonic()
+            return self._cache.lease(session, tokens, now, names, publish=publish)
 
     def extend(self, session: SessionKey, tokens: int) -> Lease:
         """Make the session's lease `tokens` long in all, or raise KvFull or SessionClosed."""
         with self._wake:
             return self._cache.extend(session, tokens, self._clock.monotonic())
 
-    def close(self, session: SessionKey) -> bool:
-        """End a session: its KV is free, its steps vanish; False if it was not open."""
+    def close(self, session: SessionKey, names: Sequence[Name] = ()) -> bool:
+        """End a session: its KV is free, its steps vanish; False if it was not open.
+
+        What was computed may be found by `names` until the room is needed.
+        """
         with self._wake:
-            self._scheduler.drop(session)
-            return self._cache.release(session, self._clock.monotonic())
+            self._drop(session)
+            return self._cache.release(session, self._clock.monotonic(), names)
 
     def cancel(self, session: SessionKey, position: int | None = None) -> None:
         """Forget the steps of a session that wait; its lease and what was computed stay.
@@ -164,7 +179,7 @@ class Engine:
         by the same thread.
         """
         with self._wake:
-            waits = self._scheduler.drop(session)
+            waits = self._drop(session)
             for known in (waits, position):
                 if known is not None:
                     self._cache.rewind(session, known)
@@ -174,7 +189,7 @@ class Engine:
         with self._wake:
             sessions = self._cache.expire(self._clock.monotonic())
             for session in sessions:
-                self._scheduler.drop(session)
+                self._drop(session)
             return sessions
 
     @property
@@ -209,6 +224,8 @@ class Engine:
                 kv_tokens=cache.total_blocks * BLOCK_TOKENS,
                 kv_leased_tokens=(cache.total_blocks - cache.free_blocks) * BLOCK_TOKENS,
                 kv_cached_tokens=sum(map(cache.length, cache.sessions)),
+                kv_kept_tokens=cache.kept_blocks * BLOCK_TOKENS,
+                prefixes=cache.prefixes,
                 queue_s=load.queue_s,
                 busy_share=load.busy,
             )
@@ -220,34 +237,49 @@ class Engine:
 
     def submit(self, steps: Iterable[Step]) -> None:
         """Take steps that arrived together; those in error are answered like a computed row."""
-        refused = []
+        known = []
         with self._wake:
             now = self._clock.monotonic()
             for step in steps:
                 try:
-                    self._admit(step, now)
+                    if result := self._admit(step, now):
+                        known.append(result)
                 except HexswarmError as error:
-                    refused.append(Result(_whole(step), error=str(error)))
+                    known.append(Result(step.whole(), error=str(error)))
             self._wake.notify()
-        if refused:
-            self._post(refused)
+        if known:
+            self._post(known)
 
     def at_rest(self, call: Callable[[Callable[[Batch], Any]], float]) -> Future[None] | None:
         """Time a step with `call`, given what runs batches; None if a session is open.
 
-        A session that opens meanwhile is safe: its first write comes after, on the same thread.
+        It gets blocks of its own, since those that it names may keep what a session left.
         """
         with self._wake:
             if self._cache.sessions or self._pace is None:
                 return None
 
         def test() -> None:
-            elapsed_s = call(self._runner.run)
+            try:
+                elapsed_s = call(self._run_aside)
+            except KvFull:
+                return  # sessions came that need all
             with self._wake:
                 assert self._pace is not None
                 self._pace.rested(elapsed_s, self._clock.monotonic())
 
         return self.between(test)
+
+    def _run_aside(self, batch: Batch) -> Sequence[Result]:
+        """Run a batch of one row on borrowed blocks."""
+        (row,) = batch.rows
+        with self._wake:
+            blocks = self._cache.borrow(len(row.blocks), self._clock.monotonic())
+        try:
+            return self._runner.run(Batch((replace(row, blocks=blocks),)))
+        finally:
+            with self._wake:
+                self._cache.give_back(blocks, self._clock.monotonic())
 
     def between(self, call: Callable[[], T]) -> Future[T]:
         """Run `call` on the device thread between two batches (warm-up, per-session state)."""
@@ -260,43 +292,80 @@ class Engine:
                 self._wake.notify()
         return future
 
-    def _admit(self, step: Step, now: float) -> None:
+    def _drop(self, session: SessionKey) -> int | None:
+        """As the scheduler's; and nothing of the session is foreseen any more."""
+        self._foresight.forget(session)
+        return self._scheduler.drop(session)
+
+    def _admit(self, step: Step, now: float) -> Result | None:
+        """Take a step; its result, if that is here already."""
         if self._stopping:
             raise SessionClosed("this stage is shutting down")
         lease = self._cache.lease_of(step.session)
         if self._scheduler.pending_tokens(step.session) + step.count > lease.tokens:
             raise RemoteProtocolError("more steps wait than the session can have")
         self._cache.write(step.session, step.position, step.count, now)
-        self._scheduler.submit(step, now)
+        ahead = self._foresight.claim(step)
+        if ahead is None:
+            self._scheduler.submit(step, now)
+        elif ahead.result is not None:
+            self._cache.computed(step.session, step.position + 1, now)
+            return ahead.result
+        return None
 
     def _live(self) -> None:
         """The device thread."""
         try:
             while (work := self._next()) is not None:
-                if isinstance(work, Batch):
-                    self._compute(work)
-                else:
+                if not isinstance(work, Job):
                     _resolve(*work)
+                elif work.flight is None:
+                    self._begin(work)
+                else:
+                    self._land(work)
+            if self._aloft is not None:
+                self._land(self._aloft)
         finally:
             with self._wake:
                 self._stopping = True
                 for _, future in self._calls:
                     future.cancel()
 
-    def _next(self) -> Batch | tuple[Callable[[], Any], Future[Any]] | None:
-        """Sleep until there is something to do; None to end."""
+    def _next(self) -> Job | tuple[Callable[[], Any], Future[Any]] | None:
+        """Sleep until there is something to do; None to end.
+
+        A job without a flight is to be begun, one with a flight to be waited for.
+        """
         with self._wake:
             while not self._stopping:
                 if self._ended:
                     return self._erase, Future()
+                aloft, now = self._aloft, self._clock.monotonic()
                 if self._calls:
-                    return self._calls.popleft()
-                now = self._clock.monotonic()
-                picked = self._scheduler.pick(now)
-                if isinstance(picked, Batch):
+                    return aloft or self._calls.popleft()
+                if aloft is not None and now < aloft.due_s:
+                    self._wake.wait(aloft.due_s - now)
+                    continue
+                picked = self._pick(now)
+                if isinstance(picked, Job):
                     return picked
+                if aloft is not None:
+                    return aloft
                 self._wake.wait(None if picked is None else max(0.0, picked.until - now))
         return None
+
+    def _pick(self, now: float) -> Job | Wait | None:
+        """What the scheduler wants, and what follows by itself on the batch under way."""
+        aloft, ahead, sessions = self._aloft, [], set[SessionKey]()
+        if aloft is not None and aloft.flight is not None:
+            sessions = {row.session for row in aloft.batch.rows}
+            room = self._scheduler.policy.max_rows - len(self._scheduler)
+            ahead = self._foresight.foresee(aloft.batch, aloft.flight.chosen, room)
+        picked = self._scheduler.pick(now, sessions, len(ahead))
+        rows = tuple(one.row for one in ahead)
+        if isinstance(picked, Batch):
+            return Job(Batch(rows + picked.rows), ahead)
+        return Job(Batch(rows), ahead) if rows else picked
 
     def _erase(self) -> None:
         """Zero what ended sessions left; a device that cannot do that fails at its next batch."""
@@ -306,44 +375,71 @@ class Engine:
         assert self._forget is not None
         self._forget(blocks)
 
-    def _compute(self, batch: Batch) -> None:
-        started_s = self._clock.monotonic()
-        results = self._attempt(batch)
-        crashed = results is None
+    def _begin(self, job: Job) -> None:
+        """Launch a batch, and then take the results of the one before."""
+        last = self._aloft
+        if last is not None and not all(row.decode for row in job.batch.rows):
+            self._land(last)
+            last = None
+        launched_s = self._clock.monotonic()
+        flight = job.flight = self._attempts.launch(job.batch)
+        took_s = min(self._clock.monotonic() - launched_s, MOST_LEAD_S)  # once, graphs are made
+        self._lead_s += 0.2 * (took_s - self._lead_s)
+        if last is not None:
+            self._land(last)
+        job.started_s = max(launched_s, self._landed_s)
+        if flight is None:
+            self._finish(job, None)
+        elif not flight.pending:
+            self._land(job)
+        else:
+            decodes = sum(row.decode for row in job.batch.rows)
+            takes_s = self._scheduler.times.predict(decodes, job.batch.tokens - decodes)
+            job.due_s = job.started_s + EARLY * takes_s - max(1.5 * self._lead_s, LEAST_LEAD_S)
+            self._aloft = job
+            if sys.getswitchinterval() > SWITCH_S:
+                sys.setswitchinterval(SWITCH_S)
+
+    def _land(self, job: Job) -> None:
+        """Wait for a batch and hand its results over."""
+        assert job.flight is not None
+        results = self._attempts.land(job.batch, job.flight)
+        if job is self._aloft:
+            self._aloft = None
+        self._finish(job, results)
+
+    def _finish(self, job: Job, results: list[Result] | None) -> None:
+        """Hand over what a batch gave; None if the runner raised."""
+        batch, started_s, crashed = job.batch, job.started_s, results is None
         if results is None:
-            results = self._one_by_one(batch)
-        ended_s = self._clock.monotonic()
+            with self._wake:
+                for row in batch.rows:
+                    self._foresight.forget(row.session)
+            results = self._attempts.one_by_one(batch)
+        self._landed_s = ended_s = self._clock.monotonic()
+        took_s, rows = ended_s - started_s, len(results)
+        results = [result.timed(started_s, took_s, rows) for result in results]
         with self._wake:
-            self._account(batch, results, ended_s, ended_s - started_s, crashed)
-            self._scheduler.finished(batch, ended_s, None if crashed else ended_s - started_s)
+            wanted = [
+                *(
+                    r
+                    for r, a in zip(results, job.ahead, strict=False)
+                    if self._foresight.computed(a, r)
+                ),
+                *results[len(job.ahead) :],
+            ]
+            self._account(batch, wanted, ended_s, took_s, crashed)
+            self._scheduler.finished(batch, ended_s, None if crashed else took_s)
             if not crashed:
                 self._measure(batch, started_s, ended_s)
-        took_s, rows = ended_s - started_s, len(results)
-        self._post([result.timed(started_s, took_s, rows) for result in results])
-
-    def _attempt(self, batch: Batch) -> list[Result] | None:
-        """The results of a batch; None if the runner raised."""
-        try:
-            results = list(self._runner.run(batch))
-            if len(results) != len(batch.rows):
-                raise RuntimeError(f"{len(results)} results for {len(batch.rows)} rows")
-        except Exception as error:
-            self._failure = f"the stage failed to compute ({type(error).__name__})"
-            self._log(error, batch)
-            return None
-        return results
-
-    def _one_by_one(self, batch: Batch) -> list[Result]:
-        """Every row by itself, if it was not: one of them may have made the batch fail."""
-        results: list[Result] = []
-        for row in batch.rows:
-            alone = self._attempt(Batch((row,))) if len(batch.rows) > 1 else None
-            results += alone or [Result(row, error=self._failure)]
-        return results
+            for result in wanted:
+                self._foresight.told(result)
+        if wanted:
+            self._post(wanted)
 
     def _measure(self, batch: Batch, started_s: float, ended_s: float) -> None:
         """Tell the meters of a batch that was computed."""
-        waits_s = [started_s - row.ready_s for row in batch.rows if row.decode]
+        waits_s = [max(0.0, started_s - row.ready_s) for row in batch.rows if row.decode]
         tokens = batch.tokens - len(waits_s)
         marginal_s = self._scheduler.times.marginal(len(waits_s), tokens)
         self._meter.computed(started_s, ended_s, waits_s, marginal_s)
@@ -366,28 +462,18 @@ class Engine:
         )
         for result in results:
             session = result.row.session
-            self._cache.renew(session, now)
-            if result.error is not None:
+            if result.error is None:
+                self._cache.computed(session, result.row.position + result.row.count, now)
+            else:
+                self._cache.renew(session, now)
                 self._take_back(session, result.row.position)
 
     def _take_back(self, session: SessionKey, position: int) -> None:
         """A row at `position` was not written after all, nor is what waits behind it."""
         waits = self._scheduler.first(session)
         if waits is None or waits > position:
-            self._scheduler.drop(session)
+            self._drop(session)
             self._cache.rewind(session, position)
-
-    def _log(self, error: Exception, batch: Batch) -> None:
-        new = type(error) not in self._crash_kinds
-        self._crash_kinds.add(type(error))
-        log.error(
-            "a batch of %d rows (%d tokens) failed: %s%s",
-            len(batch.rows),
-            batch.tokens,
-            type(error).__name__,
-            _raised_at(error) if new else "",
-        )
-        log.debug("it said: %r", error)
 
     def _post(self, results: list[Result]) -> None:
         assert self._loop is not None, "start() comes before submit()"
@@ -405,24 +491,3 @@ def _resolve(call: Callable[[], Any], future: Future[Any]) -> None:
         future.set_result(call())
     except Exception as error:
         future.set_exception(error)
-
-
-def _raised_at(error: BaseException) -> str:
-    """The way to where it was raised, in lines of code: no values, no message."""
-    lines = traceback.format_tb(error.__traceback__)
-    return "\nTraceback (most recent call last):\n" + "".join(lines).rstrip()
-
-
-def _whole(step: Step) -> Row:
-    """A refused step as the row it would have been."""
-    return Row(
-        session=step.session,
-        position=step.position,
-        count=step.count,
-        payload=None,
-        sample=step.last,
-        blocks=(),
-        turn=step.turn,
-        span=step.span,
-        epoch=step.epoch,
-    )

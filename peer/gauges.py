@@ -10,10 +10,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hexswarm.metrics import Histogram, Metric, counter, doubling, gauge
+from hexswarm.peer.cache import PrefixCounts
 
 STEP_S = doubling(0.0005, 15)
 """Half a millisecond to eight seconds."""
 BATCH_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 128)
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """What the device did since the engine started; differences of two give rates."""
+
+    batches: int = 0
+    rows: int = 0
+    tokens: int = 0
+    crashes: int = 0
+    busy_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +63,16 @@ class EngineGauges:
     kv_leased_tokens: int
     kv_cached_tokens: int
     """Of those leased: written, or about to be."""
+    kv_kept_tokens: int
+    """Of those free: what ended sessions left for the next ones."""
+    prefixes: PrefixCounts
     queue_s: float
     busy_share: float
 
 
 def metrics(now: EngineGauges) -> tuple[Metric, ...]:
     """All of it with names; seconds and tokens, never milliseconds or blocks."""
-    steps, kv = now.batches, "hexswarm_kv"
+    steps, known, kv = now.batches, now.prefixes, "hexswarm_kv"
     return (
         steps.decode_s.metric(
             "hexswarm_decode_batch_seconds", "Time of batches of decode steps alone."
@@ -75,6 +90,10 @@ def metrics(now: EngineGauges) -> tuple[Metric, ...]:
         gauge(f"{kv}_tokens", "Tokens for which there is KV memory.", now.kv_tokens),
         gauge(f"{kv}_leased_tokens", "Tokens of it that sessions leased.", now.kv_leased_tokens),
         gauge(f"{kv}_cached_tokens", "Tokens whose KV is written.", now.kv_cached_tokens),
+        gauge(f"{kv}_kept_tokens", "Free tokens that keep what was said.", now.kv_kept_tokens),
+        counter("hexswarm_prefix_asked_total", "Sessions that named a prompt.", known.asked),
+        counter("hexswarm_prefix_found_total", "Those that began with some of it.", known.found),
+        counter("hexswarm_prefix_tokens_total", "Tokens not computed again.", known.tokens),
         gauge("hexswarm_queue_seconds", "What a step waits, as announced.", now.queue_s),
         gauge("hexswarm_busy_share", "Share of time that sessions cost, as announced.",
               now.busy_share),

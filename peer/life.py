@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from hexswarm.config import PeerConfig
 from hexswarm.identity import Identity
 from hexswarm.membership import Membership
 from hexswarm.peer.advising import Advising
 from hexswarm.peer.engine import Engine
+from hexswarm.peer.hosting import Hosting
 from hexswarm.peer.loading import Served
 from hexswarm.peer.placement import Placement
 from hexswarm.peer.server import PeerServer
 from hexswarm.records import Coordinates, PeerId, Span, State
 from hexswarm.skew import SteadyClock
 from hexswarm.store import ModelFolder
+
+if TYPE_CHECKING:
+    from hexswarm.peer.groups.grouped import Grouped
 
 
 @dataclass(slots=True)
@@ -31,6 +36,10 @@ class Life:
     identity: Identity
     rng: random.Random
     state: State = "joining"
+    hosting: Hosting = field(init=False)
+    """Where the layers are computed, now and after a loss."""
+    groups: Grouped | None = None
+    """The same, if it may be others of the LAN: what the peer says of groups, and hears."""
     folder: ModelFolder = field(init=False)
     device: str = ""
     dtype: str = ""

@@ -35,9 +35,8 @@ class Mover:
     async def claim(self) -> None:
         """Say which layers we are about to hold, and yield to those who said so before."""
         life = self._life
-        if life.placement is None:
-            assert life.config.span is not None
-            life.claimed = life.config.span
+        if life.placement is None:  # who waits for a group claims nothing
+            life.claimed = life.config.span or Span(0, life.folder.spec.layers)
             return
         life.claimed = life.placement.choose(life.member.alive())
         await self._hold_claim(life.placement)

@@ -53,6 +53,10 @@ class Order:
         oldest = next(iter(self._known), self.received)
         return "late" if position + count <= oldest else "conflict"
 
+    def know(self, position: int) -> None:
+        """[0, position) was computed for an earlier session, and is here."""
+        self.received = self.done = position
+
     def take(self, position: int, count: int, last: bool, size: int, digest: int) -> None:
         """A step that is next was accepted."""
         if self.fresh:

@@ -127,7 +127,7 @@ class Placement:
             for item in view
             if item.model == self._model
             and item.peer != self._peer
-            and (item.group is None or item.group.rank == 0)
+            and item.stands
             and item.layers == len(self._longest)
         ]
 

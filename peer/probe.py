@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from hexswarm.peer.cache import blocks_of
+from hexswarm.peer.leases import blocks_of
 from hexswarm.peer.steps import Activations, Batch, Row, TailPolicy
 from hexswarm.peer.steptime import CHUNK_TOKENS
 from hexswarm.records import Sampling, Span, Speed

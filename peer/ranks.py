@@ -1,40 +1,47 @@
-"""A tensor-parallel group inside one machine: this process is rank 0, the others are its children.
+"""A tensor-parallel group inside one machine: this process leads, the other ranks are its children.
 
-`LedShard` stands where a `Shard` does. What the runner asks of it, embed, forward or head, it tells
-the children, which do the same with their parts (`hexswarm.peer.rank`), and does with its own part;
-the sums inside keep all in step. So scheduler, leases, payloads and sampling know nothing of ranks.
-Numbers go through the shared memory, and only what the children have not computed just as well:
-between embed, forward and head of a decode step nothing is sent but the commands.
+`Ranks` loads this process's part, starts one child for each other part (`hexswarm.peer.rank`), and
+gives them commands; its `shard` stands where a `Shard` does (`hexswarm.peer.led`). Ranks on a CPU
+add up through shared memory; ranks with a GPU each through NCCL, which they join once all have
+loaded.
 
 The children live as long as their group. If one dies, freezes or cannot compute, or if this process
-fails in the midst of a command, the ranks are no longer in step: `MemberLost` now and at each later
-call. Whoever owns the group closes it and makes another one, with KV that is empty.
+fails in the midst of a command, the ranks are no longer in step: `lost` says so, and so does each
+later call. `hexswarm.peer.pulse` notices it also while nobody computes. Whoever owns the group
+closes it and makes another one, with KV that is empty.
 
 Rejected: giving children the whole batch and a runner of their own (they would check payloads and
-hold sampling state for nothing), threads (the interpreter's lock), fork (torch has threads).
-POSIX only, on CPUs; a GPU for each rank needs NCCL for its sums.
+hold sampling state for nothing), threads (the interpreter's lock), fork (torch has threads), rank 0
+as a child, too (one more way between the network and the device; what hangs here hangs in a sum,
+and sums are ended from outside). POSIX only.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from hexswarm.errors import MemberLost
-from hexswarm.kernels.ragged import Ragged
-from hexswarm.peer.commands import Plan, pack_extents, pack_plan, receive, send
+from hexswarm.errors import HexswarmError, MemberLost, OutOfMemory
+from hexswarm.peer.commands import Plan, pack_plan, receive, send
 from hexswarm.peer.cuts import Cut, Part
-from hexswarm.peer.kv import KvPool
+from hexswarm.peer.device_group import DeviceGroup
+from hexswarm.peer.division import even, in_words
+from hexswarm.peer.led import LedShard
 from hexswarm.peer.models.architecture import read_architecture
+from hexswarm.peer.pulse import SILENT_S, Pulse
 from hexswarm.peer.shard import Shard
 from hexswarm.peer.shared_sums import (
     TIMEOUT_S,
@@ -44,111 +51,19 @@ from hexswarm.peer.shared_sums import (
     map_memory,
 )
 from hexswarm.peer.weights import load_span
+from hexswarm.progress import Progress
 from hexswarm.records import Span
 from hexswarm.store import ModelFolder
 
 LOADING_S = 600.0
-"""Most that a child may take to read its weights."""
+"""Most that a child may take to read its weights, or to compile."""
 ENDING_S = 2.0
-"""For a child to end by itself."""
-
-Tell = Callable[[Sequence[Any]], None]
-
-
-class LedPool(KvPool):
-    """Rank 0's KV pool; what is cleared here is cleared at all ranks."""
-
-    def __init__(self, shard: Shard, tell: Tell, blocks: int, block_size: int) -> None:
-        super().__init__(
-            *(len(shard.span), blocks),
-            kv_heads=len(shard.part.kv_heads),
-            head_dim=shard.architecture.head_dim,
-            dtype=shard.dtype,
-            device=shard.device,
-            block_size=block_size,
-        )
-        self._tell = tell
-
-    def clear(self, blocks: Sequence[int]) -> None:
-        self._tell(["clear", list(blocks)])
-        super().clear(blocks)
-
-
-class LedShard:
-    """Rank 0's part and the children's, as the one shard that they are together."""
-
-    def __init__(self, shard: Shard, sums: SharedSums, tell: Tell) -> None:
-        self._shard, self._sums, self._tell = shard, sums, tell
-        self.architecture, self.span = shard.architecture, shard.span
-        self.total_layers, self.part = shard.total_layers, shard.part
-        self.dtype, self.dtype_name = shard.dtype, shard.dtype_name
-        self.device, self.backend = shard.device, shard.backend
-        self._known: Tensor | None = None
-        """Hidden states that all ranks have."""
-
-    @property
-    def threads(self) -> int:
-        """Of this rank."""
-        return self._shard.threads
-
-    def make_pool(self, blocks: int, block_size: int = 16) -> KvPool:
-        """A pool for this part; the children make theirs."""
-        with self._in_step():
-            self._tell(["pool", blocks, block_size])
-            return LedPool(self._shard, self._tell_alone, blocks, block_size)
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """As `Shard.embed`."""
-        with self._in_step():
-            self._tell(["embed", ids.tolist()])
-            self._known = self._shard.embed(ids)
-            return self._known
-
-    def forward(self, x: Tensor, batch: Ragged, pool: KvPool, span: Span | None = None) -> Tensor:
-        """As `Shard.forward`."""
-        span = span or self.span
-        with self._in_step():
-            rows = self._unknown(x)
-            self._tell(["forward", pack_extents(batch.extents), span.first, span.end, rows])
-            self._share(x, rows)
-            self._known = self._shard.forward(x, batch, pool, span)
-            return self._known
-
-    def head(self, x: Tensor) -> Tensor:
-        """As `Shard.head`."""
-        with self._in_step():
-            rows = self._unknown(x)
-            self._tell(["head", rows])
-            self._share(x, rows)
-            return self._shard.head(x)
-
-    def _unknown(self, x: Tensor) -> int | None:
-        """The rows of `x` if the children lack them."""
-        return None if x is self._known else len(x)
-
-    def _share(self, x: Tensor, rows: int | None) -> None:
-        if rows is not None:
-            self._sums.share(x.contiguous())
-
-    def _tell_alone(self, command: Sequence[Any]) -> None:
-        with self._in_step():
-            self._tell(command)
-
-    @contextmanager
-    def _in_step(self) -> Iterator[None]:
-        """What fails in here leaves the ranks at different places: the group is over."""
-        if self._sums.lost is not None:
-            raise self._sums.lost
-        try:
-            yield
-        except BaseException as error:
-            lost = MemberLost(0, "local", 0, "failed in the midst of a command")
-            self._sums.leave(error if isinstance(error, MemberLost) else lost)
-            raise
+"""For the children to end by themselves."""
+_generations = itertools.count()
 
 
 class Ranks:
-    """A group from its start to its end; a context manager that ends the children."""
+    """A group from its start to its end, see `hexswarm.peer.hosting.Host`; a context manager."""
 
     def __init__(
         self,
@@ -158,34 +73,61 @@ class Ranks:
         *,
         dtype: str = "float32",
         quant: str = "none",
-        threads: int = 1,
+        threads: int | Sequence[int] = 1,
+        devices: Sequence[str] = (),
+        backend: str = "auto",
+        sums: str | None = None,
         timeout_s: float = TIMEOUT_S,
+        silent_s: float = SILENT_S,
+        progress: Progress | None = None,
     ) -> None:
-        """Start the children; all ranks load at once. Raises MemberLost or what `load_span` does.
+        """Start the children; all ranks load at once. Raises MemberLost or what loading does.
 
-        `threads` are those of a child; this process keeps its own.
+        `threads` are those of each child, or of each rank; this process keeps its own. Without
+        `devices` all ranks are on the CPU. `sums` are "shared", "nccl" or "gloo"; None: as the
+        devices need it.
         """
-        plan = Plan(
-            *(str(folder.gguf or folder.path), str(folder.home), folder.spec.digest),
-            *(span.first, span.end, dtype, threads, quant),
+        self.cut = cut
+        # Of each rank; the first one's are its owner's matter.
+        self.threads = [threads] * len(cut) if isinstance(threads, int) else list(threads)
+        self._meeting = tempfile.TemporaryDirectory(prefix="hexswarm-ranks-")
+        on_gpus = any(device != "cpu" for device in devices)
+        self._plan = Plan(
+            model=str(folder.gguf or folder.path),
+            home=str(folder.home),
+            digest=folder.spec.digest,
+            first=span.first,
+            end=span.end,
+            dtype=dtype,
+            threads=1,
+            quant=quant,
+            devices=tuple(devices),
+            backend=backend,
+            sums=sums or ("nccl" if on_gpus else "shared"),
+            even=even(cut),
+            meeting=str(Path(self._meeting.name) / "group"),
+            generation=next(_generations),
             timeout_s=timeout_s,
         )
         self.children: dict[int, subprocess.Popen[bytes]] = {}
         self.held_bytes: dict[int, int] = {}
         """Of weights, by rank."""
         self._doors: dict[int, socket.socket] = {}
+        self._pulse: Pulse | None = None
         memory, bells = make_memory(len(cut)), make_bells(len(cut))
-        self.sums = SharedSums(0, map_memory(memory, len(cut)), bells[0], timeout_s=timeout_s)
+        self.sums: SharedSums | DeviceGroup
+        if self._plan.sums == "shared":
+            mapped = map_memory(memory, len(cut))
+            self.sums = SharedSums(0, mapped, bells[0], timeout_s=timeout_s)
+        else:
+            self.sums = DeviceGroup(self._plan.sums, even=self._plan.even)
         try:
-            for part in cut.parts[1:]:
-                self._start(plan, part, memory, bells[part.rank])
-            for ends in bells[1:]:
-                for bell in ends.values():
-                    bell.close()  # else nobody would see the end of a child
-            self.shard = LedShard(
-                self._load(folder, span, plan, cut.parts[0]), self.sums, self.tell
-            )
-            self._await_loaded(timeout_s)
+            self._start_all(memory, bells, silent_s)
+            shard = self._load(folder, progress)
+            self._await_loaded()
+            if isinstance(self.sums, DeviceGroup):
+                self._join(self.sums, shard)
+            self.shard = LedShard(shard, self.sums, self.tell, self.done)
         except BaseException:
             self.close()
             raise
@@ -204,12 +146,18 @@ class Ranks:
         self.close()
 
     @property
+    def title(self) -> str:
+        return in_words(self.cut)
+
+    @property
     def lost(self) -> MemberLost | None:
         """Why the group is over, None while it is not."""
-        for rank, child in self.children.items():
-            if self.sums.lost is None and child.poll() is not None:
-                self.sums.leave(_lost(rank, f"ended with status {child.returncode}"))
         return self.sums.lost
+
+    def guard(self) -> None:
+        """All is loaded, compiled and measured: from now on silence of a rank is a loss."""
+        if self._pulse is not None:
+            self._pulse.guard()
 
     def tell(self, command: Sequence[Any]) -> None:
         """Give all children a command."""
@@ -219,50 +167,117 @@ class Ranks:
             except OSError as error:
                 raise _lost(rank, "is gone or takes no commands") from error
 
+    def done(self) -> None:
+        """Wait until all children say that their last command is done."""
+        for rank in self._doors:
+            self._answer(rank, "done")
+
     def close(self) -> None:
-        """End the children, those that do not listen by force."""
+        """End the children, those that do not listen by force; the device thread ended before."""
         self.sums.leave(_lost(0, "closed the group"))
+        if self._pulse is not None:
+            self._pulse.close()
         for door in self._doors.values():
             door.close()
+        deadline_s = time.monotonic() + ENDING_S
         for child in self.children.values():
             with suppress(subprocess.TimeoutExpired):
-                child.wait(ENDING_S)
+                child.wait(max(0.0, deadline_s - time.monotonic()))
             child.kill()
             child.wait()
+        self.sums.close()
+        self._meeting.cleanup()
 
-    def _start(self, plan: Plan, part: Part, memory: int, bells: dict[int, socket.socket]) -> None:
+    def _end(self, rank: int, how: str) -> None:
+        """A rank is lost, says the pulse, on its thread: wake whoever waits for that rank."""
+        self.sums.leave(_lost(rank, how))
+        for door in self._doors.values():
+            with suppress(OSError):
+                door.shutdown(socket.SHUT_RDWR)
+
+    def _start_all(
+        self, memory: int, bells: list[dict[int, socket.socket]], silent_s: float
+    ) -> None:
+        pulses: dict[int, socket.socket] = {}
+        try:
+            for part in self.cut.parts[1:]:
+                pulses[part.rank] = self._start(part, memory, bells[part.rank])
+        finally:
+            for ends in bells[1:]:
+                for bell in ends.values():
+                    bell.close()  # else nobody would see the end of a child
+            self._pulse = Pulse(pulses, self._end, silent_s=silent_s)
+
+    def _start(self, part: Part, memory: int, bells: dict[int, socket.socket]) -> socket.socket:
+        """Start a child; our end of its pulse."""
         door, theirs = socket.socketpair()
+        pulse, answers = socket.socketpair()
         self._doors[part.rank] = door
-        door.settimeout(plan.timeout_s)
-        with theirs:
+        door.settimeout(self._plan.timeout_s)
+        with theirs, answers:
+            shared = [theirs.fileno(), answers.fileno(), memory]
             ends = [f"{rank}:{bell.fileno()}" for rank, bell in bells.items()]
-            numbers = [theirs.fileno(), memory, *(bell.fileno() for bell in bells.values())]
+            numbers = [*shared, *(bell.fileno() for bell in bells.values())]
             command = [sys.executable, "-P", "-m", "hexswarm.peer.rank"]
             self.children[part.rank] = subprocess.Popen(
-                [*command, str(theirs.fileno()), str(memory), *ends], pass_fds=numbers
+                [*command, *map(str, shared), *ends], pass_fds=numbers
             )
-        send(door, pack_plan(plan, part))
+        own = replace(self._plan, threads=self.threads[part.rank])
+        send(door, pack_plan(own, part))
+        return pulse
 
-    def _load(self, folder: ModelFolder, span: Span, plan: Plan, part: Part) -> Shard:
-        tensors = load_span(folder, span, dtype=getattr(torch, plan.dtype), part=part)
-        a = read_architecture(folder.config)
-        shard = Shard(
-            *(a, span, a.layers, tensors, plan.dtype), quant=plan.quant, part=part, sums=self.sums
-        )
+    def _load(self, folder: ModelFolder, progress: Progress | None) -> Shard:
+        plan, part = self._plan, self.cut.parts[0]
+        dtype = getattr(torch, plan.dtype)
+        tensors = load_span(folder, plan.span, dtype=dtype, part=part, progress=progress)
+        shard = build(folder, tensors, plan, part, self.sums)
         self.held_bytes[0] = shard.weight_bytes
         return shard
 
-    def _await_loaded(self, timeout_s: float) -> None:
-        for rank, door in self._doors.items():
-            door.settimeout(LOADING_S)
-            try:
-                answer = receive(door)
-            except OSError as error:
-                raise _lost(rank, "did not load its weights in time") from error
-            if answer is None or answer[0] != "loaded":
-                raise _lost(rank, "died" if answer is None else f"cannot load: {answer[1]}")
-            self.held_bytes[rank] = answer[1]
-            door.settimeout(timeout_s)
+    def _await_loaded(self) -> None:
+        for rank in self._doors:
+            self.held_bytes[rank] = self._answer(rank, "loaded")[0]
+
+    def _join(self, sums: DeviceGroup, shard: Shard) -> None:
+        """Meet in a process group, all ranks at once."""
+        self.tell(["join"])
+        sums.join_all(self._plan, shard)
+
+    def _answer(self, rank: int, expected: str) -> list[Any]:
+        """What a child says, which is `expected` with the fields returned, or why it fails."""
+        door = self._doors[rank]
+        door.settimeout(LOADING_S)
+        try:
+            answer = receive(door)
+        except OSError as error:
+            raise self.lost or _lost(rank, f"was not {expected} in time") from error
+        if answer is None:
+            raise self.lost or _lost(rank, "is gone")
+        if answer[0] != expected:
+            raise _failure(rank, *answer[1:])
+        door.settimeout(self._plan.timeout_s)
+        return answer[1:]
+
+
+def build(
+    folder: ModelFolder, tensors: dict[str, torch.Tensor], plan: Plan, part: Part, sums: Any
+) -> Shard:
+    """The shard of `part`, on its device, alike at all ranks."""
+    a = read_architecture(folder.config)
+    return Shard(
+        *(a, plan.span, a.layers, tensors, plan.dtype, plan.device(part.rank)),
+        backend=plan.backend,
+        quant=plan.quant,
+        part=part,
+        sums=sums,
+    )
+
+
+def _failure(rank: int, kind: str, why: str) -> HexswarmError:
+    """What a child said of its own failure."""
+    if kind == "OutOfMemory":
+        return OutOfMemory(f"rank {rank}: {why}", remedy="choose a shorter span or fewer KV tokens")
+    return _lost(rank, f"cannot load: {why}")
 
 
 def _lost(rank: int, how: str) -> MemberLost:

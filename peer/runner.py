@@ -7,6 +7,12 @@ touches the KV store or its neighbours; a row whose own result overflows fails a
 activations of a size that no model has (`MAX_ACTIVATION`), on either side. Only running out of
 memory concerns the whole batch and is raised.
 
+Numbers of all rows go to the device in one copy, are checked there in one pass, and come back in
+one copy, since sixty-four of each would take longer than the layers. On a GPU nobody can wait for
+that check before the layers begin: zeros stand in there for a row that must not be taken, whose own
+KV then is worthless, and its session is taken back, as after any error. `launch` gives the batch to
+the device, its `Flight` the results (`hexswarm.peer.flight`); `run` does both.
+
 Sessions may use different parts of the span; rows with the same part run together. Payload bytes
 are elements in the machine's order, which is little-endian wherever we run.
 """
@@ -15,16 +21,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hexswarm.errors import HexswarmError, OutOfMemory, UsageError
-from hexswarm.kernels.ragged import Extent, ragged
+from hexswarm.kernels.ragged import Extent, Ragged, places
+from hexswarm.peer.choosing import Choice
+from hexswarm.peer.flight import Chosen, Flight, down, up
 from hexswarm.peer.kv import KvPool
-from hexswarm.peer.sampling import choose, choose_greedy
 from hexswarm.peer.shard import Shard, torch_dtype
 from hexswarm.peer.steps import Activations, Batch, Result, Row, SessionKey, TailPolicy
 from hexswarm.records import Span
@@ -35,10 +44,12 @@ MAX_ACTIVATION = 1e9
 """Largest element that is taken or handed on. The largest ones published for open models are about
 2e4; the squares of a whole row of these can still be summed in float32, as its norm does."""
 
+_INSANE = f"activations are not finite, or above {MAX_ACTIVATION:g}"
+
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A row that passed its checks: where it goes in the cache and what it brings."""
+    """A row that passed its checks: where it goes in the cache."""
 
     index: int
     row: Row
@@ -46,8 +57,6 @@ class _Entry:
     span: Span
     policy: TailPolicy | None
     """Set if and only if a token is to be chosen after the row."""
-    inputs: Tensor
-    """Ids `[count]`, or hidden states `[count, hidden]` in the shard's dtype; on the host."""
 
 
 class Runner:
@@ -72,25 +81,34 @@ class Runner:
         self, batch: Batch, policies: Mapping[SessionKey, TailPolicy] | None = None
     ) -> list[Result]:
         """One result per row, in order; `policies` stands in for those given at construction."""
+        return self.launch(batch, policies).results()
+
+    def launch(
+        self, batch: Batch, policies: Mapping[SessionKey, TailPolicy] | None = None
+    ) -> Flight:
+        """Give the batch to the device."""
         policies = self.policies if policies is None else policies
-        results: list[Result | None] = [None] * len(batch.rows)
+        flight = Flight(len(batch.rows), self.shard.device)
         groups: dict[Span, list[_Entry]] = {}
-        with torch.inference_mode():
+        with torch.inference_mode(), self._here():
             for index, row in enumerate(batch.rows):
                 try:
                     entry = self._admit(index, row, policies)
                     groups.setdefault(entry.span, []).append(entry)
                 except HexswarmError as error:
-                    results[index] = Result(row, error=error.cause)
+                    flight.put(index, Result(row, error=error.cause))
             for span, entries in groups.items():
-                outcome = self._run_group(span, entries)
-                for entry, result in zip(entries, outcome, strict=True):
-                    results[entry.index] = result
-        return [result for result in results if result is not None]
+                self._launch_group(flight, span, entries)
+            return flight.depart()
 
     def forget(self, blocks: Sequence[int]) -> None:
         """Erase what a session that ended left in its blocks."""
         self.pool.clear(blocks)
+
+    def _here(self) -> AbstractContextManager[Any]:
+        """Events are those of the current device."""
+        device = self.shard.device
+        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
     def _admit(self, index: int, row: Row, policies: Mapping[SessionKey, TailPolicy]) -> _Entry:
         """Check all that a row may get wrong by itself; HexswarmError says what."""
@@ -107,45 +125,50 @@ class Runner:
             if policy is None:
                 raise UsageError("the session has no sampling policy")
         extent = self.pool.extent(row.position, row.count, row.blocks)
-        inputs = self._ids(row) if span.first == 0 else self._hidden(row)
-        return _Entry(index, row, extent, span, policy, inputs)
+        (self._check_ids if span.first == 0 else self._check_hidden)(row)
+        return _Entry(index, row, extent, span, policy)
 
-    def _ids(self, row: Row) -> Tensor:
+    def _check_ids(self, row: Row) -> None:
         ids, vocabulary = row.payload, self.shard.architecture.vocabulary
+        if isinstance(ids, Chosen):
+            return
         if not isinstance(ids, Sequence) or len(ids) != row.count:
             raise UsageError(f"the head expects {row.count} token ids")
         if not all(isinstance(i, int) and 0 <= i < vocabulary for i in ids):
             raise UsageError(f"a token id is outside 0..{vocabulary - 1}")
-        return torch.tensor(ids)
 
-    def _hidden(self, row: Row) -> Tensor:
+    def _check_hidden(self, row: Row) -> None:
         payload, hidden = row.payload, self.shard.architecture.hidden
         if not isinstance(payload, Activations):
             raise UsageError("a stage after the head expects activations")
-        dtype, data = torch_dtype(payload.dtype), memoryview(payload.data).cast("B")
-        if len(data) != row.count * hidden * dtype.itemsize:
-            raise UsageError(f"{len(data)} bytes are not {row.count} x {hidden} x {payload.dtype}")
-        raw = torch.from_numpy(np.frombuffer(data, np.uint8).copy())
-        x = raw.view(dtype).view(row.count, hidden)
-        x = x.to(self.shard.dtype)
-        if not _sane(x):
-            raise UsageError(f"incoming activations are not finite, or above {MAX_ACTIVATION:g}")
-        return x
+        itemsize, size = torch_dtype(payload.dtype).itemsize, len(payload.data)
+        if isinstance(payload.data, memoryview):
+            size = payload.data.nbytes
+        if size != row.count * hidden * itemsize:
+            raise UsageError(f"{size} bytes are not {row.count} x {hidden} x {payload.dtype}")
 
-    def _run_group(self, span: Span, entries: list[_Entry]) -> list[Result]:
-        """Run rows of one sub-span together."""
-        shard = self.shard
+    def _launch_group(self, flight: Flight, span: Span, entries: list[_Entry]) -> None:
+        """Give rows of one sub-span to the device together."""
+        shard, came = self.shard, None
         try:
-            batch = ragged([entry.extent for entry in entries], shard.device)
-            inputs = entries[0].inputs
-            if len(entries) > 1:
-                inputs = torch.cat([entry.inputs for entry in entries])
-            inputs = inputs.to(shard.device)
-            x = shard.embed(inputs) if span.first == 0 else inputs
+            if span.first > 0:
+                x, came = self._hidden(entries)
+                if shard.device.type == "cpu" and not bool(came.all()):
+                    entries, x = _leave_out(flight, entries, x, came)
+                    came = None
+                    if not entries:
+                        return
+                elif shard.device.type != "cpu":
+                    x.masked_fill_(came.logical_not()[:, None], 0)
+                batch = self._batch(entries)
+            else:
+                batch, ids = self._batch_of_ids(entries)
+                x = shard.embed(ids)
             x = shard.forward(x, batch, self.pool, span)
             if span.end == shard.total_layers:
-                return self._finish(x, entries)
-            return _hand_on(x.cpu(), entries, shard.dtype_name)
+                self._finish(flight, x, entries, came)
+            else:
+                self._hand_on(flight, x, entries, came)
         except torch.OutOfMemoryError as error:
             tokens = sum(entry.row.count for entry in entries)
             raise OutOfMemory(
@@ -153,74 +176,158 @@ class Runner:
                 remedy="lower the tokens per batch",
             ) from error
 
-    def _finish(self, x: Tensor, entries: list[_Entry]) -> list[Result]:
+    def _hidden(self, entries: list[_Entry]) -> tuple[Tensor, Tensor]:
+        """All rows' hidden states `[tokens, hidden]` on the device, and which of them are sane."""
+        hidden, parts = self.shard.architecture.hidden, []
+        kinds = {entry.row.payload.dtype for entry in entries}
+        for kind in kinds:  # nearly always one
+            own = (e.row.payload.data for e in entries if e.row.payload.dtype == kind)
+            raw = up(np.frombuffer(bytearray().join(own), np.uint8), self.shard.device)
+            parts.append(raw.view(torch_dtype(kind)).view(-1, hidden).to(self.shard.dtype))
+        x = parts[0] if len(parts) == 1 else _in_order(entries, list(kinds), parts)
+        return x, _sane(x)
+
+    def _batch(self, entries: list[_Entry]) -> Ragged:
+        extents = [entry.extent for entry in entries]
+        both = up(np.array(places(extents), np.int64), self.shard.device)
+        return Ragged(tuple(extents), both[0], both[1])
+
+    def _batch_of_ids(self, entries: list[_Entry]) -> tuple[Ragged, Tensor]:
+        """The batch and its token ids, of which the device may know some already."""
+        extents, chosen = [entry.extent for entry in entries], list[Tensor]()
+        ids: list[int] = []
+        sources: list[int] = []
+        for entry in entries:
+            payload = entry.row.payload
+            if isinstance(payload, Chosen):
+                first = _offset(chosen, payload.tokens)
+                ids.append(0)
+                sources.append(first + payload.index)
+            else:
+                ids.extend(payload)
+                sources.extend([-1] * entry.row.count)
+        numbers = up(np.array([*places(extents), ids, sources], np.int64), self.shard.device)
+        batch, wanted = Ragged(tuple(extents), numbers[0], numbers[1]), numbers[2]
+        if chosen:
+            known = chosen[0] if len(chosen) == 1 else torch.cat(chosen)
+            wanted = torch.where(numbers[3] < 0, wanted, known[numbers[3].clamp_min(0)])
+            wanted.clamp_min_(0)  # of logits that were not finite no token was chosen
+        return batch, wanted
+
+    def _hand_on(
+        self, flight: Flight, x: Tensor, entries: list[_Entry], came: Tensor | None
+    ) -> None:
+        """Bring the activations back."""
+        sane = _sane(x)
+        flags = down(sane[None] if came is None else torch.stack((sane, came)))
+        data, dtype = down(x.contiguous().view(torch.uint8)), self.shard.dtype_name
+
+        def land() -> list[Result]:
+            lines, results, first = data.numpy(), [], 0
+            errors = _errors(flags, entries)
+            for entry, error in zip(entries, errors, strict=True):
+                last = first + entry.row.count
+                if error is None:
+                    sent = Activations(lines[first:last].tobytes(), dtype)
+                    results.append(Result(entry.row, activations=sent))
+                else:
+                    results.append(Result(entry.row, error=error))
+                first = last
+            return results
+
+        flight.add([entry.index for entry in entries], land)
+
+    def _finish(
+        self, flight: Flight, x: Tensor, entries: list[_Entry], came: Tensor | None
+    ) -> None:
         """At the tail: norm, LM head and choice for the rows that want a token."""
         last, sampled, end = [], [], 0
         for entry in entries:
             end += entry.row.count
             if entry.policy is not None:
                 last.append(end - 1)
-                sampled.append((entry.row, entry.policy))
-        if not last:
-            return [Result(entry.row) for entry in entries]
-        logits = self.shard.head(x if len(last) == len(x) else x[last])
-        chosen = iter(_choose_all(logits, sampled))
-        return [Result(entry.row) if entry.policy is None else next(chosen) for entry in entries]
+                sampled.append(entry)
+        choice = None
+        if last:
+            logits = self.shard.head(x if len(last) == len(x) else x[last])
+            choice = Choice(logits, [(entry.row, entry.policy) for entry in sampled])
+            if entries[0].span.first == 0:
+                for at in choice.ahead:
+                    flight.chosen[sampled[at].index] = Chosen(choice.tokens, at)
+        flags = None if came is None else down(came[None])
+
+        def land() -> list[Result]:
+            errors = [None] * len(entries) if flags is None else _errors(flags, entries, first=1)
+            made = iter(() if choice is None else choice.results())
+            results = []
+            for entry, error in zip(entries, errors, strict=True):
+                found = Result(entry.row) if entry.policy is None else next(made)
+                results.append(found if error is None else Result(entry.row, error=error))
+            return results
+
+        flight.add([entry.index for entry in entries], land)
 
 
-def _hand_on(x: Tensor, entries: list[_Entry], dtype: str) -> list[Result]:
-    """Copy each row's activations out."""
-    results, first, all_sane = [], 0, _sane(x)
-    for entry in entries:
-        part = x[first : first + entry.row.count]
-        first += entry.row.count
-        if all_sane or _sane(part):
-            data = _as_bytes(part).numpy().tobytes()
-            results.append(Result(entry.row, activations=Activations(data, dtype)))
+def _leave_out(
+    flight: Flight, entries: list[_Entry], x: Tensor, sane: Tensor
+) -> tuple[list[_Entry], Tensor]:
+    """Fail the rows that brought what nobody may take; the others go on without them."""
+    errors = _errors(sane[None], entries, first=1)
+    lines = x.split([entry.row.count for entry in entries])
+    kept, rest = [], []
+    for entry, line, error in zip(entries, lines, errors, strict=True):
+        if error is None:
+            kept.append(entry)
+            rest.append(line)
         else:
-            error = f"computed activations are not finite, or above {MAX_ACTIVATION:g}"
-            results.append(Result(entry.row, error=error))
-    return results
+            flight.put(entry.index, Result(entry.row, error=error))
+    return kept, torch.cat(rest) if rest else x[:0]
 
 
-def _choose_all(logits: Tensor, rows: Sequence[tuple[Row, TailPolicy]]) -> list[Result]:
-    """A token or logits for each row; plain greedy rows share one argmax."""
-    best = choose_greedy(logits)
-    finite = [True] * len(rows) if _finite(logits) else [_finite(line) for line in logits]
-    results = []
-    for line, (row, policy), token, fine in zip(logits, rows, best, finite, strict=True):
-        sampling = policy.sampling
-        if not fine:
-            results.append(Result(row, error="computed logits are not finite"))
-        elif policy.logits:
-            data = _as_bytes(line.cpu()).numpy().tobytes()
-            results.append(Result(row, logits=data))
-        elif sampling.greedy and sampling.repetition_penalty == 1:
-            results.append(Result(row, token=token))
-        else:
-            results.append(_choose_one(line, row, policy))
-    return results
+def _errors(flags: Tensor, entries: list[_Entry], first: int = 0) -> list[str | None]:
+    """What is wrong with each row, by flags of its tokens: as computed, as it came.
+
+    The words begin with the `first` of these.
+    """
+    words = ("computed", "incoming")[first:]
+    found: list[str | None] = [None] * len(entries)
+    if bool(flags.all()):
+        return found
+    counts = [entry.row.count for entry in entries]
+    for word, line in zip(words, flags, strict=True):  # what came badly is told before what became
+        for at, part in enumerate(line.split(counts)):
+            if not bool(part.all()):
+                found[at] = f"{word} {_INSANE}"
+    return found
 
 
-def _choose_one(line: Tensor, row: Row, policy: TailPolicy) -> Result:
-    position = row.position + row.count  # of the token to come
-    try:
-        return Result(row, token=choose(line, policy.sampling, policy.history, position))
-    except UsageError as error:
-        return Result(row, error=error.cause)
+def _in_order(entries: list[_Entry], kinds: list[str], parts: list[Tensor]) -> Tensor:
+    """Rows of several dtypes, gathered by dtype, as they stand in the batch."""
+    rest = {
+        kind: iter(x.split([e.row.count for e in entries if e.row.payload.dtype == kind]))
+        for kind, x in zip(kinds, parts, strict=True)
+    }
+    return torch.cat([next(rest[entry.row.payload.dtype]) for entry in entries])
 
 
-def _sane(x: Tensor) -> bool:
-    """Whether all elements are numbers that a model's residual stream may hold."""
-    lowest, highest = x.aminmax()  # a NaN comes through and fails both comparisons
-    return float(lowest) >= -MAX_ACTIVATION and float(highest) <= MAX_ACTIVATION
+def _offset(chosen: list[Tensor], tokens: Tensor) -> int:
+    """Where `tokens` begin among all that were `chosen`; they are added if they are new."""
+    first = 0
+    for known in chosen:
+        if known is tokens:
+            return first
+        first += len(known)
+    chosen.append(tokens)
+    return first
 
 
-def _finite(x: Tensor) -> bool:
-    """Whether all elements are: their sum tells, unless it overflows itself."""
-    total = x.sum(dtype=torch.float32)
-    return bool(total.isfinite()) or bool(x.isfinite().all())
+def _sane(x: Tensor) -> Tensor:
+    """Of each token, whether all elements are numbers that a residual stream may hold."""
+    if x.device.type == "cpu" and bool(_within(*x.aminmax())):  # all at once is a fast pass
+        return torch.ones(len(x), dtype=torch.bool)
+    return _within(*x.aminmax(dim=-1))
 
 
-def _as_bytes(x: Tensor) -> Tensor:
-    return x.contiguous().view(torch.uint8)
+def _within(lowest: Tensor, highest: Tensor) -> Tensor:
+    """A NaN comes through to here, and fails both comparisons."""
+    return (lowest.float() >= -MAX_ACTIVATION) & (highest.float() <= MAX_ACTIVATION)

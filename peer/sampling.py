@@ -6,23 +6,23 @@ order of falling probability (equal ones by id). So a choice depends on logits, 
 history and position, never on batch mates, on the device's generator, or on which peer computed
 the step: after a failure the new tail draws what the old one would have drawn.
 
-A full sort of a large vocabulary costs more than everything else here, and the draw nearly always
-falls among the likeliest tokens. So the filters first look at a shortlist of the best tokens
-and at the whole vocabulary only if the answer could lie beyond it; both give the same token.
+What a number means is said, in whole numbers, by `hexswarm.kernels.choice`; a GPU does the same for
+all rows at a time (`hexswarm.kernels.sample`), and finds the same tokens. `distribution` says it in
+floats, for people and tests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from hashlib import blake2b
 
 import torch
 from torch import Tensor
 
 from hexswarm.errors import UsageError
+from hexswarm.kernels.choice import GREEDY, Draw, pick, settings
+from hexswarm.kernels.dispatch import picker
 from hexswarm.records import Sampling
-
-SHORTLIST = 1024
 
 
 def uniform(seed: int, position: int) -> float:
@@ -38,13 +38,32 @@ def choose(logits: Tensor, sampling: Sampling, history: Collection[int], positio
         logits = penalise(logits, history, sampling.repetition_penalty)
     if sampling.greedy:
         return int(logits.argmax())
-    weights = _weights(logits, sampling.temperature)
-    draw = uniform(sampling.seed, position)
-    token = None if sampling.top_k else _draw(weights, sampling, draw, SHORTLIST)
-    if token is None:
-        token = _draw(weights, sampling, draw, sampling.top_k or len(weights))
-    assert token is not None, "a complete ranking always holds the answer"
-    return token
+    drawn = settings([draw_of(sampling, position)])
+    return int(pick(logits.cpu().float()[None], drawn))
+
+
+def draw_of(sampling: Sampling, position: int) -> Draw:
+    """How the token for `position` is chosen, penalties apart."""
+    if sampling.greedy:
+        return GREEDY
+    place = uniform(sampling.seed, position)
+    return Draw(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, place)
+
+
+def choose_all(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """A token for each row of `[rows, vocabulary]`, where they lie; a GPU is not waited for.
+
+    Where a row has a logit that is no finite number, whatever it gives is a token, but no answer.
+    """
+    tokens = logits.argmax(-1)
+    drawn = [at for at, draw in enumerate(draws) if draw != GREEDY]
+    if not drawn:
+        return tokens
+    if logits.device.type != "cpu":
+        made = settings(draws).pin_memory().to(logits.device, non_blocking=True)
+        return picker(logits.device)(logits, made).clamp_(min=0)
+    tokens[drawn] = pick(logits[drawn].float(), settings([draws[at] for at in drawn]))
+    return tokens.clamp_(min=0)
 
 
 def choose_greedy(logits: Tensor) -> list[int]:
@@ -103,19 +122,3 @@ def _kept(ranked: Tensor, reached: Tensor, total: Tensor, sampling: Sampling) ->
     if sampling.min_p > 0:
         kept = min(kept, int((ranked >= sampling.min_p * ranked[0]).sum()))
     return max(1, kept)
-
-
-def _draw(weights: Tensor, sampling: Sampling, draw: float, count: int) -> int | None:
-    """Invert the distribution at `draw`; None if the answer may lie beyond the ranked tokens."""
-    ids, ranked = _rank(weights, count)
-    reached, total = ranked.cumsum(0), _total(weights, ranked, sampling)
-    complete = bool(sampling.top_k) or len(ranked) == len(weights)
-    kept = _kept(ranked, reached, total, sampling)
-    cut = sampling.top_p < 1 or sampling.min_p > 0
-    if cut and kept == len(ranked) and not complete:
-        return None
-    mass = reached[kept - 1] if cut else total
-    place = int(torch.searchsorted(reached[:kept], draw * mass, right=True))
-    if place == kept and not complete and not cut:
-        return None
-    return int(ids[min(place, kept - 1)])

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
@@ -172,19 +172,28 @@ class Scheduler:
             self.gather.arrived(step.session, now)
         self._expect_siblings(step, now)
 
-    def pick(self, now: float) -> Batch | Wait | None:
-        """The next batch, or until when to wait, or None if nothing waits."""
-        decodes, prompts = self._ready()
+    def pick(
+        self, now: float, aloft: Collection[SessionKey] = (), along: int = 0
+    ) -> Batch | Wait | None:
+        """The next batch, or until when to wait, or None if nothing waits.
+
+        Nothing of the sessions that are `aloft`, in a batch that is still computed. So many decode
+        rows that do not wait here go `along`: then there is nobody to wait for.
+        """
+        decodes, prompts = self._ready(aloft)
         if not decodes and not prompts:
             return None
-        if self._siblings and self._burst_until_s and now < self._burst_until_s:
+        leaving = bool(prompts) or along > 0
+        if self._siblings and self._burst_until_s and now < self._burst_until_s and not along:
             return Wait(self._burst_until_s)
         self._siblings, self._burst_until_s = 0, None
-        if self._gathers and decodes and (until_s := self._hold(decodes, prompts, now)) is not None:
+        if self._gathers and decodes and (until_s := self._hold(decodes, leaving, now)) is not None:
             return Wait(until_s)
-        decodes = decodes[: self.policy.max_rows - bool(prompts)]
+        decodes = decodes[: max(0, self.policy.max_rows - along - bool(prompts))]
         rows = [self._cut(pending, 1) for pending in decodes]
-        rows += self._pieces(prompts, len(decodes))
+        rows += self._pieces(prompts, len(decodes) + along)
+        if not rows:
+            return None
         self._flying.update(row.session for row in rows)
         return Batch(tuple(rows))
 
@@ -230,18 +239,20 @@ class Scheduler:
         batches = -(-tokens // self.policy.chunk_tokens)
         return self.times.predict(0, tokens) + max(0, batches - 1) * self.times.read_s
 
-    def _ready(self) -> tuple[list[_Pending], list[_Pending]]:
+    def _ready(self, aloft: Collection[SessionKey]) -> tuple[list[_Pending], list[_Pending]]:
         """The first pending step of each session: decodes and prompts, by arrival."""
-        heads = sorted((queue[0] for queue in self._waiting.values()), key=lambda p: p.order)
+        waiting = self._waiting.items()
+        heads = [queue[0] for session, queue in waiting if session not in aloft]
+        heads.sort(key=lambda p: p.order)
         decodes = [pending for pending in heads if pending.step.decode]
         return decodes, [pending for pending in heads if not pending.step.decode]
 
-    def _hold(self, decodes: list[_Pending], prompts: list[_Pending], now: float) -> float | None:
-        """Until when to gather; prompts end a hold, for their computing would take longer."""
+    def _hold(self, decodes: list[_Pending], leaving: bool, now: float) -> float | None:
+        """Until when to gather; what is `leaving` anyhow, like prompts, ends a hold."""
         sessions = [pending.step.session for pending in decodes]
         for session in sessions:
             self.gather.arrived(session, now)
-        if prompts:
+        if leaving:
             self.gather.charge(sessions, now)
             return None
         return self.gather.until(sessions, now)

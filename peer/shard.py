@@ -7,13 +7,15 @@ serves both, stored as the LM head likes it: `[hidden, vocabulary]`.
 
 Backend "native" runs batches of few tokens in C (`hexswarm.kernels.native`) on a CPU, in float32 or
 with weights in bfloat16. Of longer batches it runs the decode steps, `ROWS` at a time, so that what
-a session decodes does not depend on who else is there, bit for bit; prompts go as "torch" has them.
+a session decodes does not depend on who else is there, bit for bit; prompts go as "torch" has them,
+in bfloat16 with float32 between the matrices (`hexswarm.kernels.native_prompts`).
 "triton" runs decode steps as one graph on a GPU (`hexswarm.kernels.gpu`), and prompts of the same
 batch after them. Either way the weights are then read once more, which is little beside what a
 prompt computes. "auto" is the fastest that can be.
 
-Mixtures of experts run as "torch" does on every backend, layer by layer among the others; on a GPU
-they keep the whole span out of the graph, with the operations of "triton".
+Mixtures of experts run as "torch" does on a CPU, layer by layer among the others; on a GPU they are
+part of the graph, unless they are in few bits: those keep the whole span out of it, with the
+operations of "triton".
 
 A shard may be one *part* of its layers (`hexswarm.peer.cuts`): it is given the slices of the
 tensors that belong to the part, has fewer heads, columns and words, and adds up with the other
@@ -33,15 +35,17 @@ from collections.abc import Callable, Iterable, MutableMapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from hexswarm.errors import OutOfMemory, UnsupportedModel, UsageError
-from hexswarm.kernels.dispatch import choose, gpu_layers, operations
+from hexswarm.kernels import dispatch
+from hexswarm.kernels.dispatch import Operations, choose, gpu_layers, operations
 from hexswarm.kernels.native import ROWS, NativeLayers
+from hexswarm.kernels.native_prompts import WideOperations
 from hexswarm.kernels.quantise import Quantised
 from hexswarm.kernels.ragged import Ragged
 from hexswarm.peer.cuts import Part
@@ -139,6 +143,9 @@ class Shard:
         self._mixed = len(dense) < len(self.layers)
         if self.backend == "native" and dense:
             self._native = NativeLayers(dense, torch.get_num_threads())
+        self._wide: WideOperations | None = None
+        if self._native is not None and not self._mixed and self.dtype == torch.bfloat16:
+            self._wide = WideOperations(torch.get_num_threads())
         self._graphed: WeakKeyDictionary[KvPool, Any] = WeakKeyDictionary()
         """Of each pool: a graph holds the addresses of what it reads and writes."""
 
@@ -270,18 +277,20 @@ class Shard:
     def _eager(
         self, layers: list[AttendingLayer], x: Tensor, batch: Ragged, caches: list[Tensor]
     ) -> Tensor:
+        dtype = self.dtype if self._wide is None else torch.float32
         run = start_pass(
             batch,
             {layer.window for layer in layers},
             self._frequencies,
             self._rope_scaling,
-            self.dtype,
-            self.operations,
+            dtype,
+            cast(Operations, self._wide or self.operations),  # those have no mixtures
             self.sums,
         )
+        wide = x.to(dtype)  # x itself if that is what it is
         for layer, cache in zip(layers, caches, strict=True):
-            layer.forward(x, run, cache)
-        return x
+            layer.forward(wide, run, cache)
+        return x if wide is x else x.copy_(wide)
 
     def warm(self, pool: KvPool, buckets: Iterable[int] = COMMON) -> None:
         """Compile and capture what decode steps of the whole span need; `pool` stays as it is."""
@@ -294,8 +303,10 @@ class Shard:
     def _as_graph(self) -> bool:
         """Whether decode steps run as one."""
         even = all(len(layer.runs) < 2 for layer in self.layers)
+        mixtures = [layer for layer in self.layers if isinstance(layer, MixtureLayer)]
+        whole = all(layer.whole and dispatch.MIXTURES == "grouped" for layer in mixtures)
         joined = self.sums is None or self.sums.capturable
-        return self.backend == "triton" and not self._mixed and even and joined
+        return self.backend == "triton" and whole and even and joined
 
     def _graphs(self, pool: KvPool) -> Any:
         """The layers for decode steps on this pool."""

@@ -26,6 +26,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -106,8 +107,14 @@ class SharedSums:
         return x
 
     def leave(self, why: MemberLost) -> None:
-        """End the group for all: their sums fail, and so do ours, saying `why`."""
+        """End the group for all, from any thread: their sums fail, and so do ours, saying `why`."""
         self.lost = self.lost or why
+        for bell in self._bells.values():
+            with suppress(OSError):  # it was shut before
+                bell.shutdown(socket.SHUT_RDWR)  # closed, it would not wake who sleeps over it
+
+    def close(self) -> None:
+        """Free the bells, once nobody adds up any more."""
         for bell in self._bells.values():
             bell.close()
 
@@ -123,7 +130,9 @@ class SharedSums:
                 _hear(rank, bell, deadline_s)
         except MemberLost as error:
             self.leave(error)  # so that those who wait for us learn of it, too
-            raise
+            if error is self.lost:
+                raise
+            raise self.lost from error  # somebody else noticed first, and knows better
         self._half ^= 1
 
 

@@ -23,6 +23,11 @@ When a stage is lost, its neighbours say so and wait for the client, as long as 
 An `Open` of a higher epoch *rewires* the session: KV and journal stay, what is not done is
 forgotten, and the session stands still; input that comes early is held back. `Resume` then says
 where it goes on, and what the journal has to send first (`peer/resume.py`).
+
+A client may name what its prompt begins with, and when it closes, what the talk was
+(`hexswarm.prefix`). A stage says in `Opened.cached` how much of it is here from earlier sessions;
+the prompt then begins at what *all* stages have, and the position of its first step tells each of
+them where that is: it crops what it has beyond. There is nothing else to agree on.
 """
 
 from __future__ import annotations
@@ -65,6 +70,7 @@ from hexswarm.peer.resume import Allowance, afford, onward, repeat, replay, send
 from hexswarm.peer.sessions import StageSession
 from hexswarm.peer.steps import Activations, Result, SessionKey, Step, TailPolicy, ids_of
 from hexswarm.peer.tracing import UNMEASURED_S, Account
+from hexswarm.prefix import NOTHING, Offer, unpack
 from hexswarm.records import DTYPES, PeerId, Sampling
 from hexswarm.wire import Frame
 
@@ -108,7 +114,7 @@ class StageTable:
     def on_frame(self, peer: PeerId, frame: Frame, now: float) -> list[Action]:
         match frame.message:
             case Open() as message:
-                return self._open(peer, message, now)
+                return self._open(peer, message, frame.payload, now)
             case Tokens() as message:
                 return self._tokens(peer, message, frame.payload, now)
             case Hidden() as message:
@@ -119,7 +125,7 @@ class StageTable:
                 return self._cancel(peer, message)
             case Close(session=key):
                 session = self._owned(peer, key)
-                return self._end(session) if session else []
+                return self._end(session, unpack(frame.payload)) if session else []
             case Resume() as message:
                 return self._resume(peer, message, now)
             case AskProgress() as message:
@@ -130,10 +136,10 @@ class StageTable:
                 return self._abandoned(peer, message)
         return []
 
-    def _open(self, client: PeerId, message: Open, now: float) -> list[Action]:
+    def _open(self, client: PeerId, message: Open, payload: bytes, now: float) -> list[Action]:
         session = self._sessions.get(message.session)
         mine = sum(session.client == client for session in self._sessions.values())
-        refuse = self._admission.admit(client, message, session, mine, now)
+        refuse = self._admission.admit(client, message, session, mine, now, unpack(payload))
         if refuse is not None:
             return [Send(client, refuse)]
         return self._wire(client, message, session, now)
@@ -146,6 +152,7 @@ class StageTable:
         if session is None:
             head, tail = message.first == 0, message.end == layers
             session = StageSession(message, client, head, tail, standing=message.epoch > 0)
+            session.order.know(self._admission.known(message.session))
             self._sessions[message.session] = session
         else:
             actions += [Watch(peer, on=False) for peer in session.watched(me)]
@@ -510,9 +517,9 @@ class StageTable:
         failed = Failed(session.key, session.epoch, code, reason, self._hosted.peer)
         return [Send(session.client, failed)]
 
-    def _end(self, session: StageSession) -> list[Action]:
+    def _end(self, session: StageSession, offer: Offer = NOTHING) -> list[Action]:
         self._sessions.pop(session.key, None)
         self.journal.drop(session.key)
-        self._admission.end(session.key)
+        self._admission.end(session, offer)
         watched = sorted(session.watched(self._hosted.peer))
         return [Watch(peer, on=False) for peer in watched]

@@ -53,6 +53,20 @@ class Step:
     def decode(self) -> bool:
         return self.count == 1 and self.last and self.position > 0
 
+    def whole(self) -> Row:
+        """As the row that it would be by itself: for a result that needs no batch."""
+        return Row(
+            session=self.session,
+            position=self.position,
+            count=self.count,
+            payload=None,
+            sample=self.last,
+            blocks=(),
+            turn=self.turn,
+            span=self.span,
+            epoch=self.epoch,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Activations:

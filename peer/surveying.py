@@ -21,6 +21,8 @@ MEASURE_EVERY_S = 20.0
 YOUNG_S = 60.0
 """A peer that is so young, or knows fewer than two others, measures them more often:"""
 YOUNG_EVERY_S = 2.0
+REST_S = 10.0
+"""A step of our own that takes longer is waited for no more."""
 
 
 class Surveyor:
@@ -51,8 +53,11 @@ class Surveyor:
         served = self._life.served
         spec, span = served.folder.spec, served.span
         timed = engine.at_rest(lambda run: again(run, span, spec.layers, spec.hidden, served.dtype))
-        if timed is not None:
-            await asyncio.wrap_future(timed)
+        if timed is not None:  # whatever it raises, lost ranks above all, is the daemon's matter
+            done, _ = await asyncio.wait({asyncio.wrap_future(timed)}, timeout=REST_S)
+            for future in done:
+                if not future.cancelled():
+                    future.exception()
 
     async def _measure(self, pings: int, within_s: float) -> None:
         """One round: measure some neighbours at the same time, and correct our coordinates."""

@@ -64,10 +64,14 @@ class Teller:
 
     def _current(self) -> Announcement:
         life = self._life
-        if life.engine is None:
-            return self._claim()
+        told = self._claim() if life.engine is None else self._served()
+        return told if life.groups is None else life.groups.announced(told)
+
+    def _served(self) -> Announcement:
+        life = self._life
         served, spec = life.served, life.served.folder.spec
         engine, links = life.engine, life.member.links
+        assert engine is not None
         load = engine.load_now()
         return Announcement(
             peer=life.peer,

@@ -238,6 +238,10 @@ def _layers(spans: Sequence[Span]) -> str:
 
 def _states(held: Sequence[Announcement]) -> str:
     """Why peers that hold layers do not serve: their states, or another member leads."""
-    return " or ".join(
-        sorted({item.state if item.state != "online" else "not leading" for item in held})
-    )
+    return " or ".join(sorted({_state(item) for item in held}))
+
+
+def _state(item: Announcement) -> str:
+    if item.offer is not None and item.offer.waiting:
+        return "waiting for a group"
+    return item.state if item.state != "online" else "not leading"

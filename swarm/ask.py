@@ -21,6 +21,7 @@ from hexswarm.explained import (
     why_json,
     why_text,
 )
+from hexswarm.groups import group_json, groups
 from hexswarm.map import swarm_map
 from hexswarm.options import Options, Wishes
 from hexswarm.picture import swarm_table
@@ -105,6 +106,7 @@ def status(flags: argparse.Namespace) -> int:
     if flags.json:
         document = view.to_json()
         document["model"] = {"name": spec.name, "digest": spec.digest, "layers": spec.layers}
+        document["groups"] = [group_json(item) for item in groups(view.of_model(spec.digest))]
         document["missing"] = [[span.first, span.end] for span in missing]
         print(json.dumps(document))
     else:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hexswarm.groups import standing
 from hexswarm.layout import Box, Labels, lanes, nice
 from hexswarm.paint import (
     Subject,
@@ -34,6 +35,9 @@ NAMED = 60
 SINGLE = 400
 SHOWN = 300
 """Most spans drawn when a bar is a span."""
+
+SAID = {"member": "in a group", "waiting": "waits for a group"}
+"""What is said of peers that do not serve, if not their state."""
 
 HEAD = 62.0
 """Pixels above the lanes: heading, ticks, names of holes."""
@@ -153,8 +157,7 @@ def _peer_bar(subject: Subject, item: Announcement) -> Bar:
     used = subject.route.stages[stage].span if subject.route and stage >= 0 else None
     words = f"{short(item.peer)} · {harmless(item.device, 24)}"
     if not item.serving:
-        rank = item.group is not None and item.group.rank > 0
-        words += " · in a group" if rank and item.state == "online" else f" · {item.state}"
+        words += f" · {SAID.get(state := standing(item), state)}"
     return Bar(
         _clipped(item.span, subject.layers),
         words,

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from hexswarm.axis import holes
+from hexswarm.groups import group_line, groups
 from hexswarm.paint import LOAD_STEPS, Subject, counted, layers_text
 from hexswarm.records import Announcement
 from hexswarm.scene import MARGIN, WIDTH, Scene, stem_length
@@ -68,6 +69,7 @@ def description(subject: Subject, scene: Scene) -> str:
         f"{counted(len(subject.peers), 'peer')}, {serving} serving, in "
         f"{counted(len(scene.groups), 'region')} of two or more."
     ]
+    words += [f"There is {group_line(group)}." for group in groups(subject.peers)[:8]]
     missing = holes(subject)
     if missing:
         words.append("No peer: " + ", ".join(layers_text(span) for span in missing[:8]) + ".")

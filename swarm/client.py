@@ -186,10 +186,11 @@ class AsyncClient:
         await self.start()
         ids = await self.ids(prompt)
         self.check_context(len(ids), max_new_tokens)
-        session, plan = await self._open(len(ids), max_new_tokens, options, client_loop=True)
+        session, plan = await self._open(ids, max_new_tokens, options, client_loop=True)
         try:
+            known = len(session.machine.cached)
             turn, stops = (
-                Turn(0, tuple(ids), max_new_tokens, Sampling(), ()),
+                Turn(known, tuple(ids[known:]), max_new_tokens, Sampling(), ()),
                 self.tokenizer.stop_ids,
             )
             self._mender.begin(session, plan, turn)
@@ -298,12 +299,13 @@ class AsyncClient:
             log.warning("reading the directory failed: %r", error)
 
     async def _open(
-        self, prompt_tokens: int, new_tokens: int, wishes: Wishes, *, client_loop: bool = False
+        self, ids: Sequence[int], new_tokens: int, wishes: Wishes, *, client_loop: bool = False
     ) -> tuple[OpenSession, Plan]:
         """A session with room for prompt and answer, along the best route that accepts it."""
         await self._look()
-        request = self._planner.request(self.folder.spec, prompt_tokens, new_tokens, wishes)
-        return await self._opener.open(request, self.config.connect_s, client_loop=client_loop)
+        request = self._planner.request(self.folder.spec, len(ids), new_tokens, wishes)
+        connect_s = self.config.connect_s
+        return await self._opener.open(request, connect_s, client_loop=client_loop, prompt=ids)
 
     # --- after an answer --------------------------------------------------------------------------
 

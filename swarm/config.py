@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from hexswarm.degree import Degree
 from hexswarm.errors import UsageError
 from hexswarm.records import DTYPES, Span
 
@@ -162,8 +163,24 @@ class PeerConfig(ListenConfig):
     dtype: str = option("auto", "float32, bfloat16, float16 or auto (float32 on CPU)")
     quant: str = option("none", "round the layers' weights on load: none, int8 or int4")
     kv_tokens: int = option(16384, "tokens of all sessions for which KV memory is kept")
+    tensor_parallel: Degree = option(
+        Degree(),
+        "cut the layers over devices of this machine: a number, auto for all GPUs, shares as 3:1 "
+        "for unequal ones, or off",
+        parse=Degree.parse,
+    )
+    group: str = option(
+        "off",
+        "cut the layers over peers of the LAN: a name for those that are to be together, auto for "
+        "where it pays, or off",
+    )
+    group_size: int = option(2, "members of a group with a name; 0 for all that are there")
+    group_port: int = option(0, "TCP port for the members of a group; 0 takes a free one")
     threads: int = option(0, "CPU threads for the layers; 0 measures how many are of use")
     lease_s: float = option(60.0, "seconds after which an idle session loses its KV")
+    prefix_cache: bool = option(
+        True, "keep the KV of prompts, until room is needed, for the next one of the same client"
+    )
     journal: int | None = option(
         None,
         'memory for what was sent on, kept to replace a lost stage, as "512MB" (default: that, or '
@@ -188,6 +205,7 @@ class PeerConfig(ListenConfig):
             raise UsageError(f"unknown quant {self.quant!r}", remedy=f"use {', '.join(QUANTS)}")
         if self.kv_tokens < 16:
             raise UsageError("kv_tokens is at least 16")
+        self._check_group()
         if self.memory is not None and not 0 < self.memory < 1 << 60:
             raise UsageError("memory is a positive number of bytes")
         if not 0 <= self.hole_s <= 3600:
@@ -196,6 +214,22 @@ class PeerConfig(ListenConfig):
             raise UsageError("a journal has 0 bytes or more")
         if not 1 <= self.lease_s <= 86400 or not 0 <= self.drain_s <= 3600:
             raise UsageError("lease_s is within 1-86400 and drain_s within 0-3600")
+
+    def _check_group(self) -> None:
+        if not 1 <= len(self.group) <= 32 or not self.group.isprintable():
+            raise UsageError("a group has a printable name of 1 to 32 characters")
+        if self.group_size != 0 and not 2 <= self.group_size <= 64:
+            raise UsageError(
+                f"a group has 2 to 64 members, not {self.group_size}",
+                remedy="--group-size 0 takes all that are there",
+            )
+        if not 0 <= self.group_port < 1 << 16:
+            raise UsageError(f"group port {self.group_port} is outside 0-65535")
+        if self.group != "off" and self.tensor_parallel != Degree():
+            raise UsageError(
+                "--group and --tensor-parallel exclude each other",
+                remedy="a member of a group has one device",
+            )
 
 
 @dataclass(frozen=True, slots=True)

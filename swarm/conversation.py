@@ -1,7 +1,8 @@
 """One answer, and turns of a conversation: from ids to a running session to a stream of text.
 
 A `Conversation` keeps its session over turns and sends only the ids that its stages do not hold
-yet. A single request is a conversation of one turn.
+yet. Nor does a new session send what earlier ones of this client left there. A single request is a
+conversation of one turn.
 
 Beside the text every turn yields two figures: what its caller saw (`ttft_s`, `tokens_per_s`) and
 how fast the ring was (`tpot_s`). They differ when the caller is slow to take the pieces, and only
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Self
 from hexswarm.errors import HexswarmError, SessionClosed
 from hexswarm.options import Options
 from hexswarm.records import Route
+from hexswarm.resume import whole
 from hexswarm.router.explain import Budget
 from hexswarm.runtime import OpenSession
 from hexswarm.session import Emit, Turn
@@ -53,7 +55,7 @@ class Completion:
     tokens_per_s: float
     """Rate after the first token; 0 if there was only one."""
     reused_tokens: int = 0
-    """Prompt tokens whose KV an earlier turn had left at the stages."""
+    """Prompt tokens whose KV an earlier turn, or an earlier answer, had left at the stages."""
     session: str = ""
     """Its name: `hexswarm why --trace NAME` tells where the time went."""
     tpot_s: float | None = None
@@ -221,9 +223,10 @@ class Conversation:
                 await self.close()
                 session = None
         if session is None:
-            session, self._plan = await self._client._open(len(ids), new_tokens, options)
+            session, self._plan = await self._client._open(ids, new_tokens, options)
             self._session = session
-        return session, min(_common(session.machine.cached, ids), len(ids) - 1)
+        machine = session.machine
+        return session, whole(min(_common(machine.cached, ids), len(ids) - 1), machine.named)
 
     def _fits(self, session: OpenSession, options: Options) -> bool:
         """It can go on, and its route was chosen for the same wishes."""

@@ -34,9 +34,18 @@ from typing import Any
 import msgpack
 
 from hexswarm.errors import RemoteProtocolError, UsageError
-from hexswarm.flat import integer, items, real, text, unpack
+from hexswarm.flat import flag, integer, items, real, text, unpack
 from hexswarm.identity import Identity, verify
-from hexswarm.records import Announcement, Coordinates, GroupMembership, PeerId, Span, Speed
+from hexswarm.records import (
+    SHARES_SUM,
+    Announcement,
+    Coordinates,
+    GroupMembership,
+    GroupOffer,
+    PeerId,
+    Span,
+    Speed,
+)
 
 ANNOUNCE_S = 30.0
 """Period of announcements."""
@@ -45,6 +54,8 @@ EXPIRE_S = 90.0
 SKEW_S = 5.0
 """Tolerated difference of clocks; hivemind refuses to join beyond 3 s."""
 MAX_RECORD_BYTES = 2048
+MOST_ITEMS = 64
+"""In a list of a record: a group's shares."""
 INDEX = "*"
 """Stands for "any model" in a key."""
 SHARDS = (1, 16, 64)
@@ -113,7 +124,7 @@ def open_record(data: bytes) -> SignedAnnouncement:
         raise RemoteProtocolError("a record is too large")
     try:
         body, signature = unpack(data, 2)
-        announcement, expires_s = _from_body(unpack(body))
+        announcement, expires_s = _from_body(unpack(body, most=MOST_ITEMS))
     except (ValueError, TypeError, KeyError, UsageError, RecursionError, OverflowError) as error:
         raise RemoteProtocolError(f"a malformed record: {error}") from error
     if not verify(announcement.peer, _CONTEXT + body, signature):
@@ -265,12 +276,18 @@ def _rank(record: SignedAnnouncement) -> tuple[int, float, bytes]:
 
 # --- body codec: a flat list, in this order -------------------------------------------------
 
-_FIELDS = (25, 26)
-"""The last field came later: only those that might move have it, and it is not 0."""
+_FIELDS = (25, 26, 27)
+"""The last two came later: `most_layers` is there if it is not 0 or an offer follows, the offer if
+there is one. A group's cut came later, too: its list has a fifth entry if the cut is told."""
 
 
 def _to_body(a: Announcement, expires_s: float) -> list[Any]:
-    group = a.group and [a.group.group, a.group.rank, a.group.size, a.group.epoch]
+    later: list[Any] = [a.most_layers] if a.most_layers or a.offer else []
+    if a.offer is not None:
+        offer = a.offer
+        later.append(
+            [offer.name, offer.free_bytes, offer.host, offer.port, offer.leads, offer.waiting]
+        )
     place = a.coordinates and [
         *a.coordinates.position_s,
         a.coordinates.height_s,
@@ -283,10 +300,17 @@ def _to_body(a: Announcement, expires_s: float) -> list[Any]:
         a.device,
         [a.speed.decode_layer_s, a.speed.prefill_layer_s, a.speed.head_s, a.speed.row_layer_s],
         *(a.free_kv_tokens, a.queue_s, list(a.addresses), [list(pair) for pair in a.neighbours]),
-        *(group, a.software, a.issued_s, a.sequence, expires_s),
+        *(_group_body(a.group), a.software, a.issued_s, a.sequence, expires_s),
         *(a.rows, a.busy, a.kv_tokens, place, a.up_bytes_per_s, a.down_bytes_per_s),
-        *((a.most_layers,) if a.most_layers else ()),
+        *later,
     ]
+
+
+def _group_body(group: GroupMembership | None) -> list[Any] | None:
+    if group is None:
+        return None
+    cut = [list(group.shares)] if group.shares else []
+    return [group.group, group.rank, group.size, group.epoch, *cut]
 
 
 def _from_body(body: list[Any]) -> tuple[Announcement, float]:
@@ -314,7 +338,7 @@ def _from_body(body: list[Any]) -> tuple[Announcement, float]:
             (PeerId(text(other, 64)), real(rtt))
             for other, rtt in (items(pair, 2) for pair in items(neighbours))
         ),
-        group=None if group is None else _group(items(group, 4)),
+        group=None if group is None else _group(items(group)),
         software=text(software, 32),
         issued_s=real(issued_s),
         sequence=integer(sequence, 1 << 62),
@@ -324,15 +348,27 @@ def _from_body(body: list[Any]) -> tuple[Announcement, float]:
         coordinates=None if place is None else _place(items(place, 5)),
         up_bytes_per_s=None if up is None else real(up),
         down_bytes_per_s=None if down is None else real(down),
-        most_layers=integer(rest[0], layers, least=1) if rest else 0,
+        most_layers=integer(rest[0], layers, least=2 - len(rest)) if rest else 0,
+        offer=_offer(items(rest[1], 6)) if len(rest) == 2 else None,
     )
     return announcement, real(expires_s)
 
 
 def _group(parts: list[Any]) -> GroupMembership:
-    name, rank, size, epoch = parts
+    name, rank, size, epoch, *cut = parts
+    if len(cut) > 1 or cut == [[]]:
+        raise ValueError("a group of another length")
     return GroupMembership(
-        text(name, 64), integer(rank, 64), integer(size, 64), integer(epoch, 1 << 62)
+        *(text(name, 64), integer(rank, 64), integer(size, 64), integer(epoch, 1 << 62)),
+        tuple(integer(share, SHARES_SUM) for part in cut for share in items(part)),
+    )
+
+
+def _offer(parts: list[Any]) -> GroupOffer:
+    name, free_bytes, host, port, leads, waiting = parts
+    return GroupOffer(
+        *(text(name, 32), integer(free_bytes, 1 << 60), text(host, 64), integer(port, 1 << 16)),
+        *(flag(leads), flag(waiting)),
     )
 
 

@@ -55,6 +55,8 @@ PAUSE_S = (0.2, 1.0)
 """First and longest wait for a peer to come back where there is no route."""
 AVOID_S = 2.0
 """So long a peer that failed this turn does not come into it again; twice as long each time."""
+ALONE_S = 1.0
+"""The same where there is nobody else, each time: what broke may have been the way between two."""
 RUMOUR_S = 2.0
 """So long our own link has to show that a peer is dead that others call lost."""
 FAREWELL_S = 5.0
@@ -180,11 +182,15 @@ class Mender:
         """Longer with each failure of the peer in this turn."""
         ward.failures[peer] += 1
         avoid_s = AVOID_S * 2.0 ** (ward.failures[peer] - 1)
-        ward.avoid[peer] = self._clock.monotonic() + max(avoid_s, retry_s)
-
-    def _avoided(self, ward: Ward) -> frozenset[PeerId]:
         now = self._clock.monotonic()
-        failed = {peer for peer, until_s in ward.avoid.items() if until_s > now}
+        ward.avoid[peer] = now + max(avoid_s, retry_s)
+        ward.refrain[peer] = now + max(ALONE_S, retry_s)
+
+    def _avoided(self, ward: Ward, *, alone: bool = False) -> frozenset[PeerId]:
+        """Who does not come in; with `alone`, who does not though there is nobody else."""
+        now = self._clock.monotonic()
+        avoid = ward.refrain if alone else ward.avoid
+        failed = {peer for peer, until_s in avoid.items() if until_s > now}
         return frozenset(failed | {p for p in self._pulse.peers if self._pulse.silent(p, now)})
 
     def _check_rumours(self, now: float) -> None:
@@ -355,7 +361,9 @@ class Mender:
             with contextlib.suppress(NoRoute):
                 both = gone | leaving
                 return await self._planner.replan(ward.plan, both, *args, avoid | leaving)
-        return await self._planner.replan(ward.plan, gone, *args, avoid)
+        with contextlib.suppress(NoRoute):
+            return await self._planner.replan(ward.plan, gone, *args, avoid)
+        return await self._planner.replan(ward.plan, gone, *args, self._avoided(ward, alone=True))
 
     def _reroute(self, ward: Ward, plan: Plan) -> None:
         self._stop(ward)

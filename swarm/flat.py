@@ -39,6 +39,12 @@ def integer(value: Any, limit: int, *, least: int = 0) -> int:
     return value
 
 
+def flag(value: Any) -> bool:
+    if type(value) is not bool:
+        raise ValueError("true or false was expected")
+    return value
+
+
 def real(value: Any) -> float:
     if type(value) not in (int, float) or not math.isfinite(value):
         raise ValueError("a finite number was expected")

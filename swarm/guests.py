@@ -5,8 +5,9 @@ A neighbour with which we share a session is a *partner* (the owner of the sessi
 greeting and the answer to their `Open`, peers and clients that measure ways (`hexswarm.measuring`),
 and those whose session is over. None of them needs more than this:
 
-    guest      headers; the payload of a `Probe`, `MAX_PROBE_BYTES` (no other is sent by a guest:
-               prompts and activations come after all stages have granted, when we are partners)
+    guest      headers; the payload of a `Probe`, `MAX_PROBE_BYTES`, and less than that of names
+               (`hexswarm.prefix`); prompts and activations come after all stages have granted,
+               when we are partners
     partner    pieces of prompts, up to the frame's own limit
 
 Somebody who was a partner stays one for `GRACE_S`, since what was sent before the session ended is

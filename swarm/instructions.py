@@ -22,6 +22,7 @@ class Connect:
 
     stage: Stage
     message: Open
+    payload: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

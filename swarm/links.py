@@ -330,11 +330,14 @@ class Links:
         self._tasks.add(task)
         try:
             await self._serve(stream)
+        except asyncio.CancelledError:
+            if not self._closed:  # else we end, and asyncio would log that this did not end well
+                raise
         except (TimeoutError, RemoteProtocolError, PeerLost) as error:
             log.debug("refused a stream of %s: %s", peer[-8:], error)
             stream.close()
             if not isinstance(error, PeerLost):
-                self._shed(peer)
+                self._punish(peer, stream.block)
         finally:
             self._tasks.discard(task)
             stream.close()
@@ -368,6 +371,11 @@ class Links:
 
     def _all(self) -> list[Link]:
         return [link for links in self._links.values() for link in links]
+
+    def _punish(self, peer: PeerId, block: str) -> None:
+        """End the connection of somebody that misbehaved; its next streams wait."""
+        self._lobby.waits.offend(peer, block, self._clock.monotonic())
+        self._shed(peer)
 
     def _shed(self, peer: PeerId) -> None:
         """End the connection itself of somebody who is of no use to us.
@@ -405,7 +413,7 @@ class Links:
         finally:
             self._drop(link, how)
             if how != "vanished":
-                self._shed(link.peer)
+                self._punish(link.peer, link.block)
 
     async def _finish(self, link: Link, decoder: FrameDecoder, lane: int) -> float:
         """Take what the decoder still has of the last read, a few frames a turn of the loop."""
@@ -420,7 +428,7 @@ class Links:
         """Drop the link that holds most bytes of unfinished frames, if all hold too many."""
         if out := hoards(self._all()):
             self._drop(out, "held too much that it did not finish")
-            self._shed(out.peer)
+            self._punish(out.peer, out.block)
 
     def _take(
         self, link: Link, frames: list[Frame], lane: int = STEP, bytes_per_s: float = 0.0
@@ -500,7 +508,7 @@ class Links:
                 link.heard_s = min(now, link.heard_s + late_s)  # we did not listen
             if link.stalled(now):
                 self._drop(link, "takes too long for a frame")
-                self._shed(link.peer)
+                self._punish(link.peer, link.block)
             elif link.peer in self._watched:
                 self._check(link, now - link.heard_s)
             elif link.limits is PARTNER and now - link.partner_s > GRACE_S:

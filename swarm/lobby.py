@@ -10,6 +10,7 @@ that one has many. So a crowd that never finishes greets nobody out for longer t
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from dataclasses import dataclass
 
 from hexswarm.clock import Clock
@@ -20,6 +21,7 @@ from hexswarm.messages import PROTOCOL_VERSION, Hello
 from hexswarm.quota import Quotas
 from hexswarm.records import PeerId
 from hexswarm.transports.base import Stream
+from hexswarm.waits import Waits
 from hexswarm.wire import Frame, FrameDecoder, Limits, pack
 
 HELLO_S = 10.0
@@ -33,6 +35,9 @@ MAX_UNGREETED_EACH = 8
 MAX_HALF_OPEN = 64
 """Incoming links of which one lane is here."""
 MAX_HALF_OPEN_EACH = 4
+MAX_WAITING = 256
+"""Streams of those that misbehaved, which wait (`hexswarm.waits`); further ones are closed."""
+MAX_WAITING_EACH = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +54,9 @@ class Lobby:
 
     def __init__(self, clock: Clock, quotas: Quotas, software: str) -> None:
         self.half_open: dict[tuple[PeerId, bytes], Link] = {}
+        self.waits = Waits()
         self._ungreeted: dict[Stream, None] = {}
+        self._waiting: Counter[PeerId] = Counter()
         self._clock = clock
         self._quotas = quotas
         self._software = software
@@ -59,6 +66,8 @@ class Lobby:
 
         Raises RemoteProtocolError, PeerLost or TimeoutError.
         """
+        if not partner:
+            await self._wait(stream)
         now = self._clock.monotonic()
         if not (partner or self._quotas.stream(stream.remote, stream.block, now)):
             raise RemoteProtocolError("too many streams")
@@ -83,6 +92,23 @@ class Lobby:
             self.end(link)
         return Lane(link, said.lane, early)
 
+    async def _wait(self, stream: Stream) -> None:
+        """Let whoever misbehaved lately wait, without a word. Raises PeerLost: too many do."""
+        peer, now = stream.remote, self._clock.monotonic()
+        wait_s = self.waits.wait_s(peer, stream.block, now)
+        if not wait_s:
+            return
+        if self._waiting[peer] >= MAX_WAITING_EACH or self._waiting.total() >= MAX_WAITING:
+            raise PeerLost(peer, None, "has to wait")
+        self._waiting[peer] += 1
+        stream.pause()
+        try:
+            await asyncio.sleep(wait_s)
+        finally:
+            self._waiting[peer] -= 1
+            if not self._waiting[peer]:
+                del self._waiting[peer]
+
     def end(self, link: Link) -> None:
         """The link is whole, or over."""
         key = (link.peer, link.name)
@@ -98,6 +124,7 @@ class Lobby:
     def _enter(self, stream: Stream) -> None:
         same = [other for other in self._ungreeted if other.remote == stream.remote]
         if len(same) >= MAX_UNGREETED_EACH:
+            self.waits.offend(stream.remote, stream.block, self._clock.monotonic())
             self._turn_out(same[0])
         elif len(self._ungreeted) >= MAX_UNGREETED:
             self._turn_out(next(iter(self._ungreeted)))
@@ -111,6 +138,7 @@ class Lobby:
         peer, name = key
         same = [other for other in self.half_open if other[0] == peer]
         if len(same) >= MAX_HALF_OPEN_EACH:
+            self.waits.offend(peer, block, self._clock.monotonic())
             self.half_open.pop(same[0]).close()
         elif len(self.half_open) >= MAX_HALF_OPEN:
             self.half_open.pop(next(iter(self.half_open))).close()

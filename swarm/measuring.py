@@ -130,7 +130,7 @@ class Measuring:
             way = meter.way()
             fresh = self._wire.connected(peer) or now - meter.heard_s <= REMEMBER_S
             if way is not None and fresh:
-                found[peer] = replace(way, relayed=peer in self._relayed)
+                found[peer] = replace(way, relayed=True) if peer in self._relayed else way
         return found
 
     def way(self, peer: PeerId) -> Way | None:

@@ -115,6 +115,8 @@ _small = _integer(0, 1 << 16)
 _peer = _text(128)
 _addresses = _list_of(_text(256), 8)
 _dtype = _one_of(tuple(DTYPES))
+_group = _text(64)
+_epoch = _integer(0, 1 << 62)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +158,7 @@ class Open(Message):
     of a ring (client loop). Sent again with the same epoch it prolongs the lease to `kv_tokens`;
     with a higher epoch it rewires the session: its KV stays, its steps that are not yet sent on
     are forgotten, and it stands still until `Resume` (see `hexswarm.session`).
+    The payload may name what the session's tokens are (`hexswarm.prefix`).
     """
 
     KIND: ClassVar[int] = 3
@@ -193,7 +196,7 @@ class Opened(Message):
     busy: float = _wire(_share, default=0.0)
     free_kv_tokens: int = _wire(_integer(0, 1 << 40), default=0)
     cached: int = _wire(_position, default=0)
-    """Positions [0, cached) are computed here and were sent on: their KV is kept."""
+    """Positions [0, cached) are computed here and sent on, or known from earlier sessions."""
     journal: int = _wire(_position, default=0)
     """Outputs of positions [journal, cached) can be sent again."""
 
@@ -324,7 +327,7 @@ class Cancel(Message):
 
 @dataclass(frozen=True, slots=True)
 class Close(Message):
-    """Client to stage: free everything."""
+    """Client to stage: free everything; the payload may name it, to find it again."""
 
     KIND: ClassVar[int] = 12
     session: bytes = _wire(_session)
@@ -473,6 +476,66 @@ class Progress(Message):
     """Mean seconds from arrival to sending on of the last decode steps; 0 if there were none."""
 
 
+@dataclass(frozen=True, slots=True)
+class GroupInvite(Message):
+    """Leader to peer of its LAN: hold a part of these layers with us in this epoch. The payload is
+    the signed invitation (`hexswarm.peer.groups.invitation`); the answer is `GroupAnswer`."""
+
+    KIND: ClassVar[int] = 24
+    group: str = _wire(_group)
+    epoch: int = _wire(_epoch)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupAnswer(Message):
+    """Member to leader: yes (an empty `code`: it keeps itself free), or why not."""
+
+    KIND: ClassVar[int] = 25
+    group: str = _wire(_group)
+    epoch: int = _wire(_epoch)
+    code: str = _wire(_text(16))
+    reason: str = _wire(_text(256))
+    latest: int = _wire(_epoch)
+    """Of code `stale`: the latest epoch of the group that it knows of."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupCommit(Message):
+    """Leader to member: all have said yes, load your part."""
+
+    KIND: ClassVar[int] = 26
+    group: str = _wire(_group)
+    epoch: int = _wire(_epoch)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupReport(Message):
+    """Member to leader: my part is loaded, and my streams are open."""
+
+    KIND: ClassVar[int] = 27
+    group: str = _wire(_group)
+    epoch: int = _wire(_epoch)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRelease(Message):
+    """Leader to member: the epoch is over, or will not be."""
+
+    KIND: ClassVar[int] = 28
+    group: str = _wire(_group)
+    epoch: int = _wire(_epoch)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupLeave(Message):
+    """Member to leader: I am not in the epoch any more, or shall not be in a moment."""
+
+    KIND: ClassVar[int] = 29
+    group: str = _wire(_group)
+    epoch: int = _wire(_epoch)
+    how: str = _wire(_text(256))
+
+
 _KINDS: dict[int, type[Message]] = {
     kind.KIND: kind
     for kind in (
@@ -480,6 +543,7 @@ _KINDS: dict[int, type[Message]] = {
         *(Token, Logits, Cancel, Close, Failed, GoAway),
         *(Measure, Measured, Probe, Probed, Trace, Traced),
         *(Resume, AskProgress, Progress),
+        *(GroupInvite, GroupAnswer, GroupCommit, GroupReport, GroupRelease, GroupLeave),
     )
 }
 _FIELDS = {

@@ -54,11 +54,13 @@ class Meter:
         """When the last round trip was measured."""
         self.told_s = -math.inf
         """When the neighbour last told how fast our bytes come in."""
+        self._way: Link | None = None
+        """What follows from the samples; None if one has come since. Asked for far oftener."""
 
     def rtt(self, sample_s: float, now: float) -> None:
         """A round trip took `sample_s`."""
         self._rtts.append((now, max(sample_s, 0.0)))
-        self.heard_s = now
+        self.heard_s, self._way = now, None
 
     def arrived(self, size: int, seconds: float, now: float) -> float:
         """`size` bytes came in within `seconds`: their bytes per second, 0 if it cannot be told."""
@@ -73,9 +75,15 @@ class Meter:
         self.told_s = now
         if bytes_per_s > 0 and math.isfinite(bytes_per_s):
             self._sent.append((now, bytes_per_s))
+            self._way = None
 
     def way(self) -> Link | None:
         """The way to the neighbour, None if no round trip was measured."""
+        if self._way is None:
+            self._way = self._measured()
+        return self._way
+
+    def _measured(self) -> Link | None:
         rtts = sorted(_recent(self._rtts, self.heard_s - FADE_S))
         if not rtts:
             return None

@@ -22,7 +22,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from hexswarm.clock import Clock
@@ -96,10 +96,16 @@ class Opener:
         self._clock = clock
 
     async def open(
-        self, request: RouteRequest, connect_s: float, *, client_loop: bool = False
+        self,
+        request: RouteRequest,
+        connect_s: float,
+        *,
+        client_loop: bool = False,
+        prompt: Sequence[int] = (),
     ) -> tuple[OpenSession, Plan]:
         """A session for `request` and the plan that it follows; waits for room if need be.
 
+        `prompt`, if given, is what its first turn will say: stages may have the KV of it.
         Raises NoRoute; Refused or PeerLost: the last refusal, once others have been tried;
         NetworkError if this process is cut off from all of them.
         """
@@ -108,7 +114,7 @@ class Opener:
         level = logging.WARNING
         while True:
             try:
-                return await self._open(request, connect_s, client_loop)
+                return await self._open(request, connect_s, client_loop, prompt)
             except (NoRoute, Refused, PeerLost) as error:
                 # That nobody is left to ask says less than what the last one said.
                 why = why if why is not None and isinstance(error, NoRoute) else error
@@ -157,7 +163,7 @@ class Opener:
             log.warning("reading the directory failed: %r", error)
 
     async def _open(
-        self, request: RouteRequest, connect_s: float, client_loop: bool
+        self, request: RouteRequest, connect_s: float, client_loop: bool, prompt: Sequence[int]
     ) -> tuple[OpenSession, Plan]:
         """The same once."""
         said, plan = _Said(), None
@@ -178,6 +184,7 @@ class Opener:
                 request.kv_tokens,
                 client_loop=client_loop,
                 budgets=plan.promises(),
+                prompt=prompt,
             )
             self._planner.asked(session)
             try:

@@ -10,8 +10,10 @@ import array
 import sys
 from collections.abc import Sequence
 
+from hexswarm import prefix
 from hexswarm.instructions import Send, Turn
 from hexswarm.messages import Generate, Open, Tokens
+from hexswarm.prefix import Namer
 from hexswarm.records import PeerId, Route
 
 PROMPT_FRAME_TOKENS = 1 << 16
@@ -47,6 +49,15 @@ def openings(
         )
         made.append(opening)
     return made
+
+
+def offers(namer: Namer | None, route: Route, ids: Sequence[int]) -> dict[PeerId, bytes]:
+    """How each stage is told what `ids` are: by names; nothing without a `namer`."""
+    if namer is None:
+        return {stage.peer: b"" for stage in route.stages}
+    hashes = namer.hashes(ids)
+    marked = zip(route.stages, namer.marks(route), strict=True)
+    return {stage.peer: prefix.pack(mark, hashes) for stage, mark in marked}
 
 
 def policy(key: bytes, epoch: int, number: int, turn: Turn, max_new: int) -> Generate:

@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from hexswarm.errors import UsageError
-from hexswarm.records import Announcement, PeerId, Route, Span
+from hexswarm.groups import cut_text, group_name, standing
+from hexswarm.records import Announcement, GroupMembership, PeerId, Route, Span
 from hexswarm.svg import harmless
 
 STAGE_COLOURS = 6
@@ -96,11 +97,17 @@ def counted(number: int, noun: str) -> str:
 
 def tip(item: Announcement) -> str:
     """What shows when the mouse is over a peer."""
-    group = f", rank {item.group.rank} of {item.group.size}" if item.group else ""
     return (
         f"{harmless(item.peer, 64)}: {layers_text(item.span)}, {harmless(item.device, 40)} "
-        f"{item.dtype}, {item.state}, {item.busy:.0%} busy{group}"
+        f"{item.dtype}, {standing(item)}, {item.busy:.0%} busy{_group(item.group)}"
     )
+
+
+def _group(told: GroupMembership | None) -> str:
+    if told is None:
+        return ""
+    cut = f", cut {cut_text(told)}" if told.shares else ""
+    return f", rank {told.rank} of {told.size} in group {group_name(told)}, epoch {told.epoch}{cut}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hexswarm.records import ModelSpec, Span
+from hexswarm.groups import group_line, groups, standing
+from hexswarm.records import Announcement, ModelSpec, Span
 from hexswarm.router.network import Snapshot
 
 WIDTH = 48
@@ -26,11 +27,14 @@ def swarm_table(spec: ModelSpec, view: Snapshot, missing: Sequence[Span]) -> str
         head_s = item.speed.head_s if item.span.end == spec.layers else 0.0
         step_ms = (item.speed.decode_layer_s * len(item.span) + head_s) * 1e3
         rows.append(
-            f"{item.peer[-8:]}  {item.span!s:>7}  {item.state:8} {item.device:7} {item.dtype:8} "
-            f"{step_ms:8.1f} {item.queue_s * 1e3:8.1f} {item.busy:4.0%} "
-            f"{item.free_kv_tokens:8d}  {_bar(item.span, spec.layers)}"
+            f"{item.peer[-8:]}  {item.span!s:>7}  {standing(item):8} {item.device:7} "
+            f"{item.dtype:8} {step_ms:8.1f} {item.queue_s * 1e3:8.1f} {item.busy:4.0%} "
+            f"{item.free_kv_tokens:8d}  {_bar(item, spec.layers)}"
         )
     rows.append(f"{' ' * len(head)}{_counts(view.coverage(spec.digest), spec.layers)}")
+    lines = [group_line(group) for group in groups(peers)]
+    if lines:
+        rows += ["", *lines]
     if missing:
         text = ", ".join(f"{span.first}-{span.end - 1}" for span in missing)
         rows.append(f"\nno peer serves layers {text}: the model cannot answer")
@@ -43,9 +47,11 @@ def _column(layer: int, layers: int) -> int:
     return layer * WIDTH // layers
 
 
-def _bar(span: Span, layers: int) -> str:
-    first, end = _column(span.first, layers), _column(span.end, layers)
-    return "·" * first + "█" * max(1, end - first) + "·" * (WIDTH - end)
+def _bar(item: Announcement, layers: int) -> str:
+    """Solid for who speaks for its layers; a member's are its leader's, and stippled."""
+    first, end = _column(item.span.first, layers), _column(item.span.end, layers)
+    mark = "█" if item.stands else "▒"
+    return "·" * first + mark * max(1, end - first) + "·" * (WIDTH - end)
 
 
 def _counts(coverage: Sequence[int], layers: int) -> str:

@@ -28,6 +28,9 @@ NUMERICS = (*DTYPES, *(f"{dtype}+{rounding}" for dtype in DTYPES for rounding in
 
 State = Literal["joining", "online", "draining"]
 
+SHARES_SUM = 1000
+"""Shares of a group's cut are told in thousandths."""
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Span:
@@ -175,10 +178,47 @@ class GroupMembership:
     rank: int
     size: int
     epoch: int
+    shares: tuple[int, ...] = ()
+    """The cut: of the weights each rank's part in thousandths, by rank; empty if not told."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size <= 64:
             raise UsageError("a group has 1 to 64 members, ranked from 0")
+        if self.shares:
+            check_shares(self.shares, self.size)
+
+
+def check_shares(shares: tuple[int, ...], size: int) -> None:
+    """Raise UsageError unless these are parts of a thousand for so many members."""
+    if len(shares) != size or min(shares) < 1 or sum(shares) != SHARES_SUM:
+        raise UsageError(
+            f"a cut gives each of {size} members at least 1 of {SHARES_SUM}, and all of them away"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class GroupOffer:
+    """A peer would be part of a group with others of its LAN."""
+
+    name: str
+    """`auto`, or what those call themselves who are to be together."""
+    free_bytes: int
+    """For weights and KV, if the peer gave up what it holds now."""
+    host: str
+    """Where its direct streams come in: address and port."""
+    port: int
+    leads: bool = False
+    """Its owner gave it the layers that it announces: it would rather lead than follow."""
+    waiting: bool = False
+    """It holds nothing, and loads nothing of its own: the layers announced are no claim."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.name) <= 32 or not self.name.isprintable():
+            raise UsageError("a group has a printable name of 1 to 32 characters")
+        if not 1 <= len(self.host) <= 64 or not 0 < self.port < 1 << 16:
+            raise UsageError("who offers itself for groups can be reached somewhere")
+        if self.free_bytes < 0:
+            raise UsageError("free memory is not negative")
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +264,8 @@ class Announcement:
     """Fastest that it was seen to receive; None if not measured."""
     most_layers: int = 0
     """Most layers that it can hold, wherever they begin; 0: it stays where it is."""
+    offer: GroupOffer | None = None
+    """None: it is not to be had for groups with others."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.most_layers <= self.layers:
@@ -246,8 +288,17 @@ class Announcement:
             raise UsageError("sequence and issue time are finite and not negative")
 
     @property
+    def stands(self) -> bool:
+        """It speaks for the layers that it announces: whole, or as the leader of a group.
+
+        Members' layers are their leader's, and who waits for a group has none.
+        """
+        waiting = self.offer is not None and self.offer.waiting
+        return not waiting and (self.group is None or self.group.rank == 0)
+
+    @property
     def serving(self) -> bool:
-        return self.state == "online" and (self.group is None or self.group.rank == 0)
+        return self.state == "online" and self.stands
 
     @property
     def relayed(self) -> bool:

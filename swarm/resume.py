@@ -21,6 +21,11 @@ Two things blur that, and `Known` keeps account of both. The first token after a
 of a journal while a newcomer before it still computes. And a stage that has not heard of a turn yet
 may hold, above its start, what an earlier turn left there: that is nobody's to go on with.
 
+What a session found at its stages when it opened (`hexswarm.prefix`) is in nobody's journal: none
+of them sent it on. A newcomer that has not got it, too, makes the stages before it compute it, and
+the client send its ids from the start: the same plan, no case of its own. Where a stage goes back
+into blocks that others may read it goes back to the beginning of a block.
+
 Rejected: to replay the whole session from the client after each loss (Petals): it costs a prefill
 at every stage, and the client's upstream is the narrowest of all.
 """
@@ -29,6 +34,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from hexswarm.prefix import BLOCK_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +60,25 @@ class Part:
     send_from: int
 
 
-def plan_resume(held: Sequence[Held], end: int) -> list[Part]:
-    """How the stages of a route, from the head on, go on when `end` ids are known."""
+def plan_resume(held: Sequence[Held], end: int, named: int = 0) -> list[Part]:
+    """How the stages of a route, from the head on, go on when `end` ids are known.
+
+    The blocks of the first `named` may be shared with other sessions.
+    """
     start = send_from = min(held[-1].cached, end - 1)
     parts = [Part(start, send_from)]
     for stage in reversed(held[:-1]):
         send_from = start
         start = min(stage.cached, end)
         if stage.journal > send_from:
-            start = min(start, send_from)
+            start = min(start, whole(send_from, named))
         parts.append(Part(start, send_from))
     return parts[::-1]
+
+
+def whole(position: int, named: int) -> int:
+    """Where a step may start that would start at `position`, if `named` ids lie in whole blocks."""
+    return position - position % BLOCK_TOKENS if position < named else position
 
 
 @dataclass(slots=True)
@@ -81,6 +96,11 @@ class Known:
     """The last turn did not end by itself: stages may hold more than `ids`."""
     _stale: bool = False
     """Until all have heard of the turn, what they hold above its start is of another."""
+
+    def find(self, ids: Sequence[int]) -> None:
+        """All stages have these from earlier sessions; nothing was asked yet."""
+        self.ids[:] = ids
+        self._sure = len(ids)
 
     def begin(self, position: int, ids: Sequence[int]) -> None:
         """A turn adds `ids` from `position` on; what was behind it is dropped."""
@@ -100,11 +120,11 @@ class Known:
         self._cancelled = True
         del self.ids[self._sure :]
 
-    def resume(self, held: Sequence[Held]) -> list[Part]:
+    def resume(self, held: Sequence[Held], named: int = 0) -> list[Part]:
         """How the stages go on after a loss in the running turn; from then on all know of it."""
         end = len(self.ids)
         most = self._start if self._stale else end
-        parts = plan_resume([stage.crop(most) for stage in held], end)
+        parts = plan_resume([stage.crop(most) for stage in held], end, named)
         self._stale, self._resumed = False, end
         self._sure = min(self._sure, *(part.start for part in parts))
         return parts

@@ -41,6 +41,7 @@ from hexswarm.instructions import (
 )
 from hexswarm.links import BULK, STEP, Links, Outgoing
 from hexswarm.messages import Close, Opened, Progress, Refuse, Traced
+from hexswarm.prefix import Namer
 from hexswarm.records import Load, PeerId, Route
 from hexswarm.session import Session
 from hexswarm.wire import Frame
@@ -168,6 +169,8 @@ class SessionRuntime:
         self.links: Links  # set once joined: links and runtime know each other
         self.loads: dict[PeerId, tuple[float, Load]] = {}
         """When each peer last told its load (monotonic time), and the load; newest last."""
+        self.secret = os.urandom(32)
+        """With which prompts are named (`hexswarm.prefix`); empty: nothing is named."""
         self._clock = clock or RealClock()
         self._sessions: dict[bytes, OpenSession] = {}
         self._held: weakref.WeakValueDictionary[bytes, OpenSession] = weakref.WeakValueDictionary()
@@ -191,23 +194,30 @@ class SessionRuntime:
         *,
         client_loop: bool = False,
         budgets: Sequence[float] = (),
+        prompt: Sequence[int] = (),
     ) -> OpenSession:
         """Begin to open a session along `route`; await `ready()` on the result.
 
-        `budgets` are the seconds a step that each stage shall promise.
+        `budgets` are the seconds a step that each stage shall promise. Of the `prompt` of its first
+        turn the stages may have the KV already: once it is open, `Session.cached` tells.
         """
-        key = os.urandom(16)
-        machine = Session(key, route, digest, kv_tokens, client_loop=client_loop, budgets=budgets)
+        machine = Session(
+            *(os.urandom(16), route, digest, kv_tokens),
+            client_loop=client_loop,
+            budgets=budgets,
+            namer=Namer(self.secret, digest) if self.secret and prompt else None,
+            prompt=prompt,
+        )
         session = OpenSession(self, machine)
         self._sessions[machine.key] = self._held[machine.key] = session
         self.carry_out(session, machine.start())
         return session
 
-    def close(self, session: OpenSession) -> None:
+    def close(self, session: OpenSession, *, keep: bool = True) -> None:
         """Free the stages; whoever waits for an event learns that none will come."""
         if session.machine.key not in self._sessions:
             return
-        instructions = session.machine.close()
+        instructions = session.machine.close(keep=keep)
         assert session.machine.failed is not None
         self.carry_out(session, [*instructions, Fail(session.machine.failed)])
 
@@ -225,8 +235,9 @@ class SessionRuntime:
             self.links.unwatch(stage.peer)
 
     def close_all(self) -> None:
+        """This client goes: nobody will ask for what was said."""
         for session in list(self._sessions.values()):
-            self.close(session)
+            self.close(session, keep=False)
 
     def on_frames(self, peer: PeerId, frames: list[Frame]) -> None:
         for frame in frames:
@@ -325,4 +336,4 @@ class SessionRuntime:
                 self.carry_out(session, machine.on_lost(stage.peer, how))
             return
         if machine.failed is None and wish.message.epoch == machine.epoch:
-            self.carry_out(session, [Send(stage.peer, wish.message)])
+            self.carry_out(session, [Send(stage.peer, wish.message, wish.payload)])

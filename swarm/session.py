@@ -18,6 +18,10 @@ would hear of a long prompt only when those before it have computed some of it. 
 ends the session: waiting for what the others say would cost time and no route would come of it.
 Refusals that cross it on the way are remembered in `refusing`, so that the next route avoids all.
 
+*What the stages have already* of the prompt, from earlier sessions of this client, is not sent: the
+session is opened with the prompt's names (`hexswarm.prefix`), and `cached` is then what the stages
+all have, before any turn. When it ends they are told the names of the whole talk, for the next one.
+
 *A loss in a running turn* does not end it. The machine says `Broken` and stands still until its
 owner gives it another route (`reroute`) or gives up. With the route the epoch rises: every stage
 gets a new `Open`. Those that stay are rewired and keep their KV and journal, newcomers lease KV,
@@ -85,6 +89,7 @@ from hexswarm.messages import (
     Traced,
 )
 from hexswarm.orders import ids_to_bytes as ids_to_bytes
+from hexswarm.prefix import BLOCK_TOKENS, Namer
 from hexswarm.records import PeerId, Route, Stage
 from hexswarm.resume import Held, Known
 from hexswarm.wire import Frame
@@ -105,8 +110,13 @@ class Session:
         *,
         client_loop: bool = False,
         budgets: Sequence[float] = (),
+        namer: Namer | None = None,
+        prompt: Sequence[int] = (),
     ) -> None:
-        """`budgets` are the seconds that each stage is asked to promise (none: no promises)."""
+        """`budgets` are the seconds that each stage is asked to promise (none: no promises).
+
+        `prompt` is what the first turn will say; with a `namer` the stages are asked for its KV.
+        """
         self.key = key
         self.route = route
         self.kv_tokens = kv_tokens
@@ -130,6 +140,10 @@ class Session:
         self._digest = digest
         self._client_loop = client_loop
         self._budgets = tuple(budgets) or (0.0,) * len(route.stages)
+        self._namer, self._prompt = namer, tuple(prompt)
+        self.named = 0
+        """Stages may share the blocks of so many ids: a turn that goes back there goes back to the
+        beginning of a block."""
         self._traces = self._questions = 0
         self._granted: dict[PeerId, Held] = {}
         self._was_open = False
@@ -175,7 +189,8 @@ class Session:
     def start(self) -> list[Instruction]:
         """Open all stages at once."""
         self._granted.clear()
-        return [Connect(stage, message) for stage, message in self._openings()]
+        offers = self._offers(self._prompt[:-1])  # the last one is computed in any case
+        return [Connect(*opening, offers[opening[0].peer]) for opening in self._openings()]
 
     def extend(self, kv_tokens: int) -> list[Instruction]:
         """Ask all stages for a longer lease; `Ready` tells when they have granted it."""
@@ -189,6 +204,8 @@ class Session:
         self._check_idle()
         if not turn.ids or turn.position > len(self.cached):
             raise LocalProtocolError("a turn adds tokens, right behind or inside what is cached")
+        if self.turn < 0 and self.named and turn.ids != self._prompt[turn.position :]:
+            raise LocalProtocolError("the first turn says what the session was opened for")
         self.turn += 1
         self.running = self.awaited = True
         self._turn = turn
@@ -241,11 +258,13 @@ class Session:
         question = AskProgress(self.key, self.epoch, self._questions)
         return [Send(peer, question) for peer in self._well()]
 
-    def close(self) -> list[Instruction]:
-        """Free everything at the stages."""
+    def close(self, *, keep: bool = True) -> list[Instruction]:
+        """Free everything at the stages; if `keep`, the next session may find what was said."""
+        well = self.failed is None and not self.running and self.epoch == 0
+        offers = self._offers(self.cached if keep and well else ())
         self.failed = self.failed or SessionClosed("the session was closed")
         self.running = self.mending = False
-        return [Send(stage.peer, Close(self.key)) for stage in self.route.stages]
+        return [Send(peer, Close(self.key), offers[peer]) for peer in self._peers()]
 
     # --- the wishes of whoever plans routes ------------------------------------------------------
 
@@ -278,10 +297,12 @@ class Session:
         self._granted.clear()
         self.broken.clear()
         made: list[Instruction] = [Send(p, Close(self.key)) for p in before if p not in same]
+        offers = self._offers(self.cached[:-1])
         for stage, message in self._openings():
             # A link to one that stays exists; if not, that is a loss and no reason to dial.
             known = stage.peer in kept
-            made.append(Send(stage.peer, message) if known else Connect(stage, message))
+            dial = Connect(stage, message, offers[stage.peer])
+            made.append(Send(stage.peer, message) if known else dial)
         return made
 
     def give_up(self, error: HexswarmError) -> list[Instruction]:
@@ -336,6 +357,12 @@ class Session:
         )
         return list(zip(self.route.stages, made, strict=True))
 
+    def _offers(self, ids: Sequence[int]) -> dict[PeerId, bytes]:
+        """How `ids` are named towards each stage."""
+        if self._namer is not None:
+            self.named = max(self.named, len(ids) - len(ids) % BLOCK_TOKENS)
+        return orders.offers(self._namer, self.route, ids)
+
     def _policy(self, max_new: int, history: Sequence[int]) -> Send:
         message = orders.policy(self.key, self.epoch, self.turn, self._turn, max_new)
         wanted = history if self._turn.sampling.repetition_penalty != 1.0 else ()
@@ -355,7 +382,8 @@ class Session:
     def _resume(self) -> list[Instruction]:
         """All stages of the new route have said what they hold: tell them how to go on."""
         end = len(self.cached)
-        parts = self._known.resume([self._granted[peer] for peer in self._peers()])
+        held = [self._granted[peer] for peer in self._peers()]
+        parts = self._known.resume(held, self.named)
         made: list[Instruction] = []
         if not self._client_loop:
             left = self._turn.max_new - (end - self._turn.end)
@@ -418,7 +446,10 @@ class Session:
         if self.open:
             return []
         self._granted[peer] = Held(message.cached, message.journal)
-        self._was_open = self._was_open or self.open
+        if self.open and not self._was_open:
+            self._was_open = True
+            known = min(self.named, *(held.cached for held in self._granted.values()))
+            self._known.find(self._prompt[: known - known % BLOCK_TOKENS])
         if self.broken or not self.open:
             return []
         return self._resume() if self.mending else [Ready()]

@@ -39,6 +39,8 @@ class Ward:
     """Stragglers, with their seconds a step."""
     avoid: dict[PeerId, float] = field(default_factory=dict)
     """Until when these do not come in."""
+    refrain: dict[PeerId, float] = field(default_factory=dict)
+    """The same where there is nobody else."""
     failures: Counter[PeerId] = field(default_factory=Counter)
     noted: set[PeerId] = field(default_factory=set)
     """Losses of this attempt that were seen to."""

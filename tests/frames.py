@@ -12,6 +12,12 @@ from hexswarm.messages import (
     Failed,
     Generate,
     GoAway,
+    GroupAnswer,
+    GroupCommit,
+    GroupInvite,
+    GroupLeave,
+    GroupRelease,
+    GroupReport,
     Hello,
     Hidden,
     Logits,
@@ -48,6 +54,8 @@ nonces = _upto((1 << 63) - 1)
 peers = _text(128)
 here = {"session": keys, "epoch": small}
 turn = {**here, "turn": small}
+epochs = _upto(1 << 62)
+group = {"group": _text(64), "epoch": epochs}
 
 messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(Hello, version=small, software=_text(64), lane=st.integers(0, 1), link=keys),
@@ -115,6 +123,12 @@ messages: st.SearchStrategy[Message] = st.one_of(
         successor_rtt_s=reals,
         nonce=nonces,
     ),
+    st.builds(GroupInvite, **group),
+    st.builds(GroupAnswer, **group, code=_text(16), reason=_text(256), latest=epochs),
+    st.builds(GroupCommit, **group),
+    st.builds(GroupReport, **group),
+    st.builds(GroupRelease, **group),
+    st.builds(GroupLeave, **group, how=_text(256)),
 )
 
 frames = st.builds(Frame, messages, st.binary(max_size=64))

@@ -22,7 +22,7 @@ from __future__ import annotations
 import random
 import struct
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from hexswarm import instructions as client
@@ -33,9 +33,12 @@ from hexswarm.peer import actions
 from hexswarm.peer.admission import Hosted
 from hexswarm.peer.cache import BlockTables
 from hexswarm.peer.journal import Journal
+from hexswarm.peer.leases import Lease
 from hexswarm.peer.stage import StageTable
 from hexswarm.peer.steps import Activations, Result, Row, SessionKey, Step, TailPolicy
+from hexswarm.prefix import Namer
 from hexswarm.records import Load, PeerId, Route, Sampling, Span, Speed, Stage
+from hexswarm.resume import whole
 from hexswarm.session import Session
 from hexswarm.wire import Frame, FrameDecoder, pack
 
@@ -124,9 +127,16 @@ class TableLedger:
         self._model = model
         self.on_close: Callable[[SessionKey], None] = lambda session: None
 
-    def open(self, session: SessionKey, tokens: int) -> object:
-        lease = self.tables.lease(session, tokens, self.now)
-        self._model.poison(lease.blocks)
+    def open(
+        self,
+        session: SessionKey,
+        tokens: int,
+        names: Sequence[Hashable] = (),
+        *,
+        publish: bool = True,
+    ) -> Lease:
+        lease = self.tables.lease(session, tokens, self.now, names, publish=publish)
+        self._model.poison(lease.blocks[lease.known // 16 :])
         return lease
 
     def extend(self, session: SessionKey, tokens: int) -> object:
@@ -135,9 +145,9 @@ class TableLedger:
         self._model.poison(set(lease.blocks) - held)
         return lease
 
-    def close(self, session: SessionKey) -> bool:
+    def close(self, session: SessionKey, names: Sequence[Hashable] = ()) -> bool:
         self.on_close(session)
-        return self.tables.release(session, self.now)
+        return self.tables.release(session, self.now, names)
 
     def expire(self) -> list[SessionKey]:
         return self.tables.expire(self.now)
@@ -227,9 +237,12 @@ class Host:
         assert row is not None
         if row.session not in self.ledger.tables.sessions:
             return None
-        for position in range(row.position, row.position + row.count):
+        end = row.position + row.count
+        for position in range(row.position, end):
             self.computed[row.session, row.turn, row.epoch, position] += 1
-        return self.model.run(row)
+        result = self.model.run(row)
+        self.ledger.tables.computed(row.session, end, self.ledger.now)
+        return result
 
     def finish(self) -> list[actions.Action]:
         result = self.compute()
@@ -307,11 +320,18 @@ class Loopback:
         *,
         who: PeerId = CLIENT,
         client_loop: bool = False,
+        prompt: Sequence[int] = (),
     ) -> tuple[Session, Told]:
-        """A session whose opening is under way."""
+        """A session whose opening is under way; with a `prompt`, of which stages may know."""
         self._keys += 1
-        key = self._keys.to_bytes(16, "big")
-        made = Session(key, route or self.route(), MODEL, kv_tokens, client_loop=client_loop)
+        route = route or self.route()
+        made = Session(
+            *(self._keys.to_bytes(16, "big"), route, MODEL, kv_tokens),
+            client_loop=client_loop,
+            namer=Namer(who.encode(), MODEL) if prompt else None,
+            prompt=prompt,
+        )
+        key = made.key
         told = Told()
         self.sessions[key] = (who, made, told)
         self.carry_out(made, made.start())
@@ -338,7 +358,7 @@ class Loopback:
             if cached != wanted:
                 break
             position += 1
-        position = min(position, len(ids) - 1)
+        position = whole(min(position, len(ids) - 1), session.named)
         turn = Turn(
             position,
             tuple(ids[position:]),
@@ -357,11 +377,11 @@ class Loopback:
         who, _, told = self.sessions[session.key]
         for item in made:
             match item:
-                case client.Connect(stage=found, message=message):
+                case client.Connect(stage=found, message=message, payload=payload):
                     if not self._reachable(who, found.peer):
                         self.carry_out(session, session.on_lost(found.peer, "cannot be reached"))
                     elif session.failed is None:
-                        self.send(who, found.peer, message)
+                        self.send(who, found.peer, message, payload)
                 case client.Send(peer=peer, message=message, payload=payload, bulk=bulk):
                     self.send(who, peer, message, payload, int(bulk))
                 case client.Ready():
@@ -569,7 +589,7 @@ class Loopback:
         """KV in use is exactly that of the sessions which the tables know."""
         for host in self.hosts.values():
             tables = host.ledger.tables
-            leased = sum(len(tables.blocks(key)) for key in tables.sessions)
+            leased = len({block for key in tables.sessions for block in tables.blocks(key)})
             assert host.kv_in_use == leased
             assert len(tables.sessions) == len(host.table)
             assert max(host.computed.values(), default=1) == 1, "computed twice for one route"

@@ -14,6 +14,7 @@ from hexswarm.records import (
     Announcement,
     Coordinates,
     GroupMembership,
+    GroupOffer,
     Link,
     ModelSpec,
     PeerId,
@@ -66,7 +67,21 @@ coordinates = st.builds(
 @st.composite
 def groups(draw: st.DrawFn) -> GroupMembership:
     size = draw(st.integers(1, 4))
-    return GroupMembership("group", draw(st.integers(0, size - 1)), size, draw(st.integers(0, 9)))
+    rank, epoch = draw(st.integers(0, size - 1)), draw(st.integers(0, 9))
+    ends = sorted(draw(st.sets(st.integers(1, 999), min_size=size - 1, max_size=size - 1)))
+    shares = tuple(b - a for a, b in itertools.pairwise([0, *ends, 1000]))
+    return GroupMembership("group", rank, size, epoch, draw(st.sampled_from([(), shares])))
+
+
+offers = st.builds(
+    GroupOffer,
+    name=st.sampled_from(["auto", "lab"]),
+    free_bytes=st.sampled_from([0, 1 << 30]),
+    host=st.just("10.0.0.1"),
+    port=st.integers(1, (1 << 16) - 1),
+    leads=st.booleans(),
+    waiting=st.booleans(),
+)
 
 
 links = st.builds(
@@ -117,6 +132,7 @@ def announcements(
         up_bytes_per_s=draw(st.sampled_from([None, 2.5e6, 125e6])),
         down_bytes_per_s=draw(st.sampled_from([None, 12.5e6, 125e6])),
         most_layers=draw(st.sampled_from([0, 1, layers])),
+        offer=None if usable else draw(st.none() | offers),
     )
 
 

@@ -108,6 +108,26 @@ def test_a_flag_out_of_range_is_a_usage_error(words: str) -> None:
         read(PeerConfig, words)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--group-size 1",
+        "--group-size 65",
+        "--group-port 70000",
+        f"--group {33 * 'x'}",
+        "--group home --tensor-parallel 2",
+    ],
+)
+def test_a_group_that_cannot_be_is_refused(words: str) -> None:
+    with pytest.raises(UsageError, match="group"):
+        read(PeerConfig, words)
+
+
+def test_a_peer_is_in_no_group_unless_it_says_so() -> None:
+    assert (PeerConfig().group, PeerConfig().group_size) == ("off", 2)
+    assert read(PeerConfig, "--group home --group-size 0").group_size == 0
+
+
 @pytest.mark.parametrize("words", ["--port many", "--span 7:3", "--span ten", "--lease-s soon"])
 def test_a_flag_that_does_not_parse_is_refused_by_the_parser(words: str) -> None:
     with pytest.raises((argparse.ArgumentError, UsageError)):

@@ -56,17 +56,22 @@ NEVER = {
 """Modules of others that a part does not import at all."""
 
 PURE = {
-    *("hexswarm.quota", "hexswarm.shelf"),
+    *("hexswarm.quota", "hexswarm.waits"),
+    *("hexswarm.shelf", "hexswarm.prefix"),
+    *("hexswarm.peer.blocks", "hexswarm.peer.leases"),
     *("hexswarm.peer.cache", "hexswarm.peer.load", "hexswarm.peer.neighbours"),
     *("hexswarm.peer.pace", "hexswarm.peer.promises", "hexswarm.peer.scheduler"),
     *("hexswarm.peer.actions", "hexswarm.peer.admission", "hexswarm.peer.sessions"),
     *("hexswarm.peer.stage", "hexswarm.peer.steps", "hexswarm.peer.tracing"),
     *("hexswarm.peer.journal", "hexswarm.peer.order", "hexswarm.peer.resume"),
     *("hexswarm.peer.cuts", "hexswarm.peer.shares", "hexswarm.peer.slices"),
+    *("hexswarm.peer.division", "hexswarm.peer.restarts", "hexswarm.peer.away"),
     *("hexswarm.peer.placement", "hexswarm.peer.advising", "hexswarm.peer.gauges"),
+    "hexswarm.peer.foresight",
     *("hexswarm.simulator.run", "hexswarm.advice", "hexswarm.flat"),
     *("hexswarm.peer.exchange", "hexswarm.peer.patience", "hexswarm.peer.reduction"),
-    "hexswarm.peer.spreading",
+    *("hexswarm.peer.spreading", "hexswarm.groups", "hexswarm.peer.groups.formation"),
+    "hexswarm.peer.groups.checks",
     *("hexswarm.simulator.ours", "hexswarm.simulator.rivals", "hexswarm.simulator.churn"),
 }
 """Bookkeeping apart from tensors: neither these nor what they import need torch."""
@@ -87,6 +92,7 @@ LAZY = {
 """Modules of others that a function may import when it needs them, and why."""
 
 LAZY_OURS = {
+    ("hexswarm.peer.device_sums", "hexswarm.kernels.linked"): "Triton exists on Linux alone",
     ("hexswarm.store", "hexswarm.default_model"): "one of several sources of a model",
     ("hexswarm.store", "hexswarm.gguf"): "one of several formats of a model",
     ("hexswarm.store", "hexswarm.gguf_config"): "one of several formats of a model",

@@ -15,6 +15,7 @@ from hexswarm.errors import UsageError
 from hexswarm.records import (
     Announcement,
     GroupMembership,
+    GroupOffer,
     Link,
     ModelSpec,
     PeerId,
@@ -135,6 +136,31 @@ def test_only_rank_0_of_a_group_serves() -> None:
 def test_a_senseless_group_is_refused(rank: int, size: int) -> None:
     with pytest.raises(UsageError):
         GroupMembership("g", rank, size, 0)
+
+
+@pytest.mark.parametrize("shares", [(500,), (1000, 0), (600, 500), (334, 333, 333), (1001, -1)])
+def test_a_cut_gives_every_member_a_part_of_a_thousand(shares: tuple[int, ...]) -> None:
+    with pytest.raises(UsageError):
+        GroupMembership("g", 0, 2, 1, shares)
+    assert GroupMembership("g", 0, 2, 1, (667, 333)).shares == (667, 333)
+
+
+def test_who_waits_for_a_group_speaks_for_no_layers() -> None:
+    offer = GroupOffer("lab", 1 << 30, "10.0.0.1", 4711, waiting=True)
+    waiting = Announcement(**{**GOOD, "state": "online"}, offer=offer)
+    assert not waiting.stands
+    assert not waiting.serving
+    assert replace(waiting, offer=replace(offer, waiting=False)).serving
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"name": ""}, {"name": "a" * 33}, {"name": "a\x1b[2J"}, {"free_bytes": -1}, {"host": ""},
+     {"host": "h" * 65}, {"port": 0}, {"port": 1 << 16}],
+)  # fmt: skip
+def test_a_senseless_offer_is_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        GroupOffer(**{"name": "lab", "free_bytes": 0, "host": "h", "port": 1, **bad})
 
 
 @pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, 1e5])

@@ -19,9 +19,14 @@ ROOT = Path(__file__).parent.parent
 
 STRICT_PEER = (
     *("actions", "admission", "cache", "load", "neighbours", "pace", "promises", "scheduler"),
+    *("blocks", "leases"),
     *("sessions", "stage", "steps", "tracing", "journal", "order", "resume"),
-    *("cuts", "shares", "slices"),
-    *("gauges", "placement", "advising"),
+    *("cuts", "shares", "slices", "division", "restarts", "away", "pulse"),
+    *("hosting", "ranks", "rank", "fitting", "assembly", "led", "following"),
+    *("gauges", "placement", "advising", "foresight", "attempts"),
+    *(f"groups.{name}" for name in ("actions", "division", "formation", "invitation", "leader")),
+    *(f"groups.{name}" for name in ("member", "neighbourhood", "policy", "standing", "teams")),
+    *(f"groups.{name}" for name in ("checks", "near", "streams", "talk", "words")),
     *("collective", "exchange", "patience", "reduction", "spreading"),
 )
 """Modules of peer/ that are held to strict typing; swarm/ and router/ are as a whole."""

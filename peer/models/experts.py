@@ -1,27 +1,26 @@
 """A decoder layer whose MLP is a mixture of experts (Mixtral, Qwen3-MoE), and its loading.
 
-The tokens of a batch are sorted by the expert that each was sent to, and the experts that got any
-run one after another on theirs: a product of a few rows, its weights read once for all sessions of
-the batch. For one session that is what there is to do; a batch of many gains as soon as two of its
-tokens meet. Results go back in the order of the experts, so a batch gives the same answer each
-time.
+The tokens of a batch are sorted by the expert that each was sent to, so that an expert's weights
+are read once for all sessions of the batch. On a CPU the experts that got any run one after
+another on theirs: a product of a few rows (`hexswarm.kernels.reference.mix`). For one session that
+is what there is to do; a batch of many gains as soon as two of its tokens meet. On a GPU the
+experts of a layer are one matrix after another in memory and one launch
+(`hexswarm.kernels.experts`), which waits for nothing and so is part of the CUDA graph; those in few
+bits are not, and take the span out of it. Results are added in one order, so a batch gives the same
+answer each time.
 
 Rejected: a product over all experts with masks (reads every weight for every token), and padding
-each expert's share to one size (a popular expert makes all others as long as itself). A grouped
-product in one launch is what a GPU wants; until there is one, mixtures leave the CUDA graph and run
-layer by layer (see `hexswarm.peer.shard`).
+each expert's share to one size (a popular expert makes all others as long as itself).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from hexswarm.errors import UnsupportedModel
 from hexswarm.experts import Experts
-from hexswarm.kernels.dispatch import Operations
 from hexswarm.kernels.quantise import Quantised
 from hexswarm.peer.models import llama
 from hexswarm.peer.models.architecture import Architecture
@@ -36,39 +35,22 @@ class MixtureLayer(AttendingLayer):
     """`[hidden, experts]`, never rounded."""
     chosen: int
     normalised: bool
-    gate_up: tuple[Tensor | Quantised, ...]
-    down: tuple[Tensor | Quantised, ...]
+    gate_up: Tensor | tuple[Quantised, ...]
+    """`[experts, hidden, 2 * columns]`, or each in few bits."""
+    down: Tensor | tuple[Quantised, ...]
     first: int = field(default=0, kw_only=True)
     """The first expert held here; tokens that were sent to another rank's add nothing."""
 
+    @property
+    def whole(self) -> bool:
+        """Whether the experts have all bits, and are one tensor."""
+        return isinstance(self.gate_up, Tensor)
+
     def forward(self, x: Tensor, batch: Pass, cache: Tensor) -> Tensor:
         """Change `x` `[tokens, hidden]` in place; append to and read the layer's `cache`."""
-        y = self.attend_(x, batch, cache)
-        shares, experts = route(torch.mm(y, self.router), self.chosen, self.normalised)
-        return batch.add_(x, self._mix(y, shares, experts, batch.operations))
-
-    def _mix(self, y: Tensor, shares: Tensor, experts: Tensor, ops: Operations) -> Tensor:
-        """The sum of what the chosen experts make of each token, by shares."""
-        mixed = torch.zeros_like(y)
-        order = experts.flatten().argsort(stable=True)
-        tokens, weights = order // self.chosen, shares.flatten()[order].unsqueeze(1)
-        counts = experts.flatten().bincount(minlength=self.first + len(self.down)).tolist()
-        first = sum(counts[: self.first])
-        for expert, count in enumerate(counts[self.first : self.first + len(self.down)]):
-            if not count:
-                continue
-            own = slice(first, first + count)
-            first += count
-            inner = ops.silu_mul(ops.project(y[tokens[own]], self.gate_up[expert]))
-            out = ops.project(inner, self.down[expert]) * weights[own]
-            mixed.index_add_(0, tokens[own], out.to(y.dtype))
-        return mixed
-
-
-def route(scores: Tensor, chosen: int, normalised: bool) -> tuple[Tensor, Tensor]:
-    """The `chosen` experts of each token `[tokens, experts]`, and their shares in float32."""
-    shares, experts = scores.softmax(-1, dtype=torch.float32).topk(chosen, dim=-1)
-    return (shares / shares.sum(-1, keepdim=True) if normalised else shares), experts
+        ops, y = batch.operations, self.attend_(x, batch, cache)
+        chosen = ops.route(ops.project(y, self.router), self.chosen, self.normalised)
+        return batch.add_(x, ops.mix(y, *chosen, self.gate_up, self.down, self.first))
 
 
 def layer_tensors(a: Architecture, index: int) -> tuple[str, ...]:
@@ -88,19 +70,16 @@ def build_layer(a: Architecture, index: int, source: llama.Source) -> AttendingL
     prefix = f"model.layers.{index}.{experts.block}"
     gate, up, down = experts.projections
     held, width = source.part.experts, len(source.part.expert_columns)
-    gates, downs = [], []
-    for expert in held:
-        name = f"{prefix}.experts.{expert}"
-        parts = [(f"{name}.{part}.weight", width) for part in (gate, up)]
-        gates.append(source.take_rounded(parts, a.hidden))
-        downs.append(source.take_rounded([(f"{name}.{down}.weight", a.hidden)], width))
+    names = [f"{prefix}.experts.{expert}" for expert in held]
+    into = [[(f"{name}.{part}.weight", width) for part in (gate, up)] for name in names]
+    out = [[(f"{name}.{down}.weight", a.hidden)] for name in names]
     return MixtureLayer(
         **llama.attention(a, index, source),
         router=source.take(f"{prefix}.gate.weight", experts.count, a.hidden).t(),
         chosen=experts.chosen,
         normalised=experts.normalised,
-        gate_up=tuple(gates),
-        down=tuple(downs),
+        gate_up=source.take_stacked(into, a.hidden),
+        down=source.take_stacked(out, width),
         first=held.start,
     )
 

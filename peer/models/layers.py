@@ -14,7 +14,7 @@ heads begin or end amid those that share a KV head, attention goes run by run of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -33,7 +33,7 @@ class Pass:
     slots: Tensor
     rope: tuple[Tensor, Tensor]
     """Cosines and sines."""
-    pieces: Mapping[int | None, tuple[Piece, ...]]
+    pieces: Mapping[int | None, Sequence[Piece]]
     """Attention's view of the batch, by sliding window."""
     operations: Operations
     sums: Sums | None = None

@@ -48,37 +48,53 @@ class Source:
 
     def take_transposed(self, parts: Sequence[tuple[str, int]], inputs: int) -> Tensor:
         """Fuse `[out, in]` matrices into one `[in, sum of out]`."""
-        width = sum(out for _, out in parts)
-        fused = self._room(inputs, width)
-        column = 0
-        for name, out in parts:
-            fused[:, column : column + out].copy_(self._pop(name, (out, inputs)).t())
-            column += out
-        return fused
+        return self._fill(self._room(inputs, _outputs(parts)), parts, inputs, 16)
 
     def take_rounded(self, parts: Sequence[tuple[str, int]], inputs: int) -> Tensor | Quantised:
         """The same of a layer: in as few bits as are wanted."""
         if self.bits == 16:
             return self.take_transposed(parts, inputs)
-        rounded = (self._round(self._pop(name, (out, inputs))) for name, out in parts)
         if self.by_rows:
-            return join(list(rounded))
-        fused = self._room(inputs, sum(out for _, out in parts))
+            return join([self._round(name, out, inputs) for name, out in parts])
+        return self._fill(self._room(inputs, _outputs(parts)), parts, inputs, self.bits)
+
+    def take_stacked(
+        self, matrices: Sequence[Sequence[tuple[str, int]]], inputs: int
+    ) -> Tensor | tuple[Quantised, ...]:
+        """One such matrix for each of several, of one shape: `[number, in, out]`."""
+        if self.bits < 16 and self.by_rows:
+            return tuple(
+                join([self._round(name, out, inputs) for name, out in parts]) for parts in matrices
+            )
+        outputs = _outputs(matrices[0]) if matrices else 0
+        room = self._room(inputs, outputs, len(matrices))
+        for matrix, parts in zip(room, matrices, strict=True):
+            self._fill(matrix, parts, inputs, self.bits)
+        return room
+
+    def _fill(
+        self, fused: Tensor, parts: Sequence[tuple[str, int]], inputs: int, bits: int
+    ) -> Tensor:
+        """Side by side into `fused` `[in, sum of out]`; few bits are rounded and widened again."""
         column = 0
-        for part in rounded:
-            end = column + part.shape[0]
-            fused[:, column:end].copy_(dequantise(part, self.dtype).t())
-            column = end
+        for name, out in parts:
+            here = fused[:, column : column + out]
+            if bits == 16:
+                here.copy_(self._pop(name, (out, inputs)).t())
+            else:
+                here.copy_(dequantise(self._round(name, out, inputs), self.dtype).t())
+            column += out
         return fused
 
-    def _round(self, tensor: Tensor) -> Quantised:
+    def _round(self, name: str, outputs: int, inputs: int) -> Quantised:
+        tensor = self._pop(name, (outputs, inputs))
         return quantise(tensor.to(self.device, self.dtype), self.bits)
 
-    def _room(self, inputs: int, outputs: int) -> Tensor:
-        """For a matrix `[in, out]`."""
+    def _room(self, inputs: int, outputs: int, *count: int) -> Tensor:
+        """For a matrix `[in, out]`, or for `count` of them."""
         shape = (outputs, inputs) if self.by_rows else (inputs, outputs)
-        room = torch.empty(shape, dtype=self.dtype, device=self.device)
-        return room.t() if self.by_rows else room
+        room = torch.empty((*count, *shape), dtype=self.dtype, device=self.device)
+        return room.transpose(-1, -2) if self.by_rows else room
 
     def take_joined(self, parts: Sequence[tuple[str, int]]) -> Tensor:
         """Fuse vectors end to end."""
@@ -92,6 +108,10 @@ class Source:
         if tuple(tensor.shape) != shape:
             raise CorruptWeights(f"{name} has shape {tuple(tensor.shape)} instead of {shape}")
         return tensor
+
+
+def _outputs(parts: Sequence[tuple[str, int]]) -> int:
+    return sum(out for _, out in parts)
 
 
 def attention_tensors(a: Architecture) -> list[str]:

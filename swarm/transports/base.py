@@ -41,6 +41,9 @@ class Stream(Protocol):
     async def drain(self) -> None:
         """Wait until the backlog is small."""
 
+    def pause(self) -> None:
+        """Take no more of what the other end sends, until somebody reads."""
+
     def close(self) -> None:
         """Close both directions; what was written is sent first, if the network still can."""
 

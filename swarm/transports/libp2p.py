@@ -100,6 +100,7 @@ class Libp2pStream:
         self._block = block
         self._reader = reader
         self._writer = writer
+        self._paused = False
         writer.transport.set_write_buffer_limits(high=1 << 20)
 
     @property
@@ -111,6 +112,9 @@ class Libp2pStream:
         return self._block
 
     async def read(self, limit: int) -> bytes:
+        if self._paused:
+            self._paused = False
+            self._writer.transport.resume_reading()  # type: ignore[attr-defined]
         try:
             return await self._reader.read(limit)
         except (ConnectionError, OSError):
@@ -127,6 +131,11 @@ class Libp2pStream:
     async def drain(self) -> None:
         with contextlib.suppress(ConnectionError, OSError):
             await self._writer.drain()
+
+    def pause(self) -> None:
+        if not self._paused and not self._writer.is_closing():
+            self._paused = True
+            self._writer.transport.pause_reading()  # type: ignore[attr-defined]
 
     def close(self) -> None:
         if self._writer.is_closing():

@@ -262,6 +262,9 @@ class MemoryStream:
     async def drain(self) -> None:
         await self._outgoing.drain()
 
+    def pause(self) -> None:
+        """What is not read stays in the window."""
+
     def close(self) -> None:
         self._outgoing.finish()
         self._incoming.stop()

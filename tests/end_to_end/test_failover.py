@@ -32,7 +32,8 @@ from tests.end_to_end.swarm import (
 
 pytestmark = pytest.mark.end_to_end
 
-PROMPT = [5, 6, 7]
+PROMPT = [*range(5, 45)]
+"""Long enough to be known from the answer before, where the route is the same."""
 TOKENS = 400
 BEGUN = 20
 """Tokens that have come when something happens."""

@@ -42,7 +42,8 @@ def test_no_input_crashes_a_decoder_or_harms_a_session(fuzz: ModuleType) -> None
     assert outcome.inputs == 20_000
     assert outcome.looks == 200
     assert set(outcome.by_target) == {
-        "frames", "messages", "records", "dictionaries", "safetensors", "gguf", "template", "stage",
+        "frames", "messages", "records", "dictionaries", "invitations", "safetensors", "gguf",
+        "template", "stage",
     }  # fmt: skip
     assert 2_000 < outcome.accepted < 10_000, "inputs are neither all nonsense nor all valid"
 

@@ -61,8 +61,7 @@ def test_silu_mul(dtype):
 
 @DTYPES
 @pytest.mark.parametrize("bits", [16, 8, 4])
-@pytest.mark.parametrize("tokens", [1, 2, 16])
-@pytest.mark.parametrize("form", ["plain", "gated", "add"])
+@pytest.mark.parametrize(("form", "tokens"), [("plain", 1), ("gated", 2), ("add", 7)])
 def test_linear(form, tokens, bits, dtype):
     """Also where neither size is a multiple of a block."""
     outputs, inputs = 20, 384
@@ -83,10 +82,11 @@ def test_linear(form, tokens, bits, dtype):
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_a_row_of_a_product_does_not_depend_on_its_neighbours(bits):
-    x, weight = rand(16, 256, dtype=torch.float32), rand(32, 256, dtype=torch.float32)
+    kind = HALF if bits == 4 else torch.float32
+    x, weight = rand(16, 256, dtype=kind), rand(32, 256, dtype=kind)
     used = quantise(weight, bits) if bits < 16 else weight
-    every = linear(x, used, poisoned(16, 32, dtype=torch.float32))
-    few = linear(x[:2], used, poisoned(2, 32, dtype=torch.float32))
+    every = linear(x, used, poisoned(16, 32, dtype=kind))
+    few = linear(x[:2], used, poisoned(2, 32, dtype=kind))
     assert torch.equal(every[:2], few)
 
 
@@ -99,7 +99,7 @@ def test_rounding_loses_little(bits, bound):
 
 @DTYPES
 @pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("tokens", [2, 70])
+@pytest.mark.parametrize("tokens", [2, 65])
 def test_rope_append(tokens, norm, dtype):
     """As apart: norm, rotation by angle, cache; a negative slot is written nowhere."""
     heads, kv_heads, dim, slots = 3, 1, 16, tokens + 3
@@ -128,12 +128,18 @@ def test_rope_append(tokens, norm, dtype):
     assert cache.isnan().all(-1).all(-1).all(-1).sum() == slots - tokens + 1
 
 
-@DTYPES
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (4, 4, 32), (8, 1, 128)])
-@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "window", "dtype"),
+    [
+        (6, 2, 64, None, torch.float32),
+        (2, 2, 32, 40, torch.float32),
+        (8, 1, 128, None, HALF),
+        (3, 1, 64, 40, HALF),
+    ],
+)
 def test_paged_attention(window, heads, kv_heads, dim, dtype):
     """Lengths of one, a block, one past it and several splits; blocks all over the place."""
-    lengths, block = [1, 16, 17, 300], 16
+    lengths, block = [1, 16, 17, 200], 16
     order = random.Random(1)
     blocks = list(range(sum(-(-n // block) for n in lengths) + 3))
     order.shuffle(blocks)

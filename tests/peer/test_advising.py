@@ -20,7 +20,15 @@ from hexswarm.directory import sign as sign_announcement
 from hexswarm.identity import Identity
 from hexswarm.peer.advising import DRAWN, MOST_PEERS, SAME_S, YOUNG_S, Advising
 from hexswarm.peer.announcer import Announcer
-from hexswarm.records import Announcement, Span, Speed, State, uncovered
+from hexswarm.records import (
+    Announcement,
+    GroupMembership,
+    GroupOffer,
+    Span,
+    Speed,
+    State,
+    uncovered,
+)
 from hexswarm.router import native
 from hexswarm.router.placement import advice
 from hexswarm.router.placement.flow import arrays, solver
@@ -173,6 +181,25 @@ def test_who_was_given_its_span_is_advised_nothing() -> None:
 
 
 @needs_search
+def test_a_group_is_one_peer_that_stays() -> None:
+    """Its leader counts and is advised nothing, its members and those who wait do not count."""
+    peers = [Volunteer(n, span) for n, span in enumerate([Span(0, 4), Span(4, 8)] * 2, 1)]
+    lead, member, waiting, other = (peer.word() for peer in peers)
+    group = GroupMembership("g", 0, 2, 1, (500, 500))
+    offer = GroupOffer("lab", 1 << 30, "10.0.0.1", 4711, waiting=True)
+    view = [
+        replace(lead, group=group),
+        replace(member, span=lead.span, group=replace(group, rank=1)),
+        replace(waiting, state="joining", offer=offer),
+        other,
+    ]
+    census = peers[3].advising._census(view)
+    assert census.peers == (lead.peer, other.peer)
+    assert census.staying == {lead.peer}
+    assert census.rates.most.tolist() == [4, 4]
+    assert peers[3].advising._census(view[:3]).spans == (lead.span,)
+
+
 def test_a_search_that_found_nothing_is_not_repeated() -> None:
     peers = [Volunteer(1, Span(0, 4)), Volunteer(2, Span(4, 8))]
     view = [peer.word() for peer in peers]

@@ -20,7 +20,15 @@ from hexswarm.peer.announcer import (
     SPEED_STEP,
     Announcer,
 )
-from hexswarm.records import Announcement, Coordinates, PeerId, Span, Speed
+from hexswarm.records import (
+    Announcement,
+    Coordinates,
+    GroupMembership,
+    GroupOffer,
+    PeerId,
+    Span,
+    Speed,
+)
 
 POOL = 1000
 WALL = 1.7e9
@@ -76,6 +84,8 @@ HOME = Coordinates((0.0, 0.0, 0.0), 0.001, 0.1)
         {"addresses": ("/b",)},
         {"coordinates": HOME},
         {"neighbours": ((PeerId("other"), 0.1),)},
+        {"group": GroupMembership("g", 1, 2, 1)},
+        {"offer": GroupOffer("lab", 0, "10.0.0.1", 1, waiting=True)},
     ],
 )
 def test_what_routes_depend_on_is_told_at_once(change: dict[str, Any]) -> None:

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
 from hexswarm.errors import RemoteProtocolError, SessionClosed, UsageError
-from hexswarm.peer.cache import BLOCK_TOKENS, BeyondLease, BlockTables, KvFull, KvGap, blocks_of
+from hexswarm.peer.cache import BLOCK_TOKENS, BlockTables
+from hexswarm.peer.leases import BeyondLease, KvFull, KvGap, blocks_of
 
 A, B, C, D = (bytes([i]) * 16 for i in range(4))
 

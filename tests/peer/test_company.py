@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from hexswarm.kernels import native
+from hexswarm.peer import shard
 from hexswarm.peer.models.registry import architecture
 from hexswarm.peer.runner import Runner
 from hexswarm.peer.shard import Shard
@@ -33,10 +34,10 @@ class Ring:
         config, self.runners = architecture(model.config.to_dict()), []
         for span in (Span(0, 2), Span(2, tiny.LAYERS)):
             tensors = tiny.checkpoint(model)
-            shard = Shard(config, span, tiny.LAYERS, tensors, backend=backend)
-            pool = shard.make_pool(SESSIONS * EACH, BLOCK)
+            held = Shard(config, span, tiny.LAYERS, tensors, backend=backend)
+            pool = held.make_pool(SESSIONS * EACH, BLOCK)
             pool.data.fill_(float("nan"))
-            self.runners.append(Runner(shard, pool))
+            self.runners.append(Runner(held, pool))
         self.order = random.Random(seed).sample(range(SESSIONS * EACH), SESSIONS * EACH)
 
     def step(self, pieces, policy=GREEDY):
@@ -93,8 +94,10 @@ def test_greedy_tokens_are_the_same_alone_and_among_31_others(family, backend):
 
 @pytest.mark.skipif(not native.available(), reason="installed without a compiler")
 @pytest.mark.parametrize("prompt_beside", [0, 1, 30])
-def test_a_decode_step_in_c_has_the_same_bits_in_any_company(prompt_beside):
-    """Steps of 32 sessions, more than one pass takes, and perhaps the prompt of another."""
+@pytest.mark.parametrize("most", [shard.ROWS, 16])
+def test_a_decode_step_in_c_has_the_same_bits_in_any_company(prompt_beside, most, monkeypatch):
+    """Steps of 32 sessions, in one pass or more, and perhaps the prompt of another."""
+    monkeypatch.setattr(shard, "ROWS", most)
     rng = random.Random(prompt_beside)
     ring, sessions = Ring("llama", "native", 3), SESSIONS - 1
     texts = [rng.choices(range(200), k=rng.randint(2, 30)) for _ in range(sessions)]

@@ -13,8 +13,9 @@ import pytest
 
 from hexswarm.clock import RealClock
 from hexswarm.errors import SessionClosed
-from hexswarm.peer.cache import BlockTables, KvFull
+from hexswarm.peer.cache import BlockTables
 from hexswarm.peer.engine import Engine
+from hexswarm.peer.leases import KvFull
 from hexswarm.peer.pace import Pace
 from hexswarm.peer.scheduler import Policy, Scheduler
 from hexswarm.peer.steps import Batch, Result, Row, Step
@@ -479,24 +480,33 @@ def test_a_closed_session_vanishes_from_the_queue() -> None:
 
 
 def test_a_step_is_timed_at_rest_only() -> None:
-    """On the device thread, with the real runner, and never while a session has KV."""
+    """On the device thread, on blocks of its own, and never while a session has KV."""
 
     async def main() -> None:
         async with bench() as b:
             ran = []
 
+            def see(batch: Batch) -> None:
+                (row,) = batch.rows
+                ran.append((row.blocks, threading.current_thread().name))
+
             def test(run: Callable[[Batch], object]) -> float:
-                ran.append((run, threading.current_thread().name))
+                run(Batch((Row(b"probe", 0, 1, [1], True, (0, 1)),)))
                 return 0.012
 
-            b.engine.open(A, 16)
+            b.runner.before = see
+            b.engine.open(A, 32, ["name"])
             assert b.engine.at_rest(test) is None
+            b.engine.submit([prompt(A, [*range(20)])])
+            await b.results()
             b.engine.close(A)
+            ran.clear()
             for _ in range(3):
                 timed = b.engine.at_rest(test)
                 assert timed is not None
                 await asyncio.wrap_future(timed)
-            assert ran == [(b.runner.run, "hexswarm-device")] * 3
+            assert ran == [((1, 2), "hexswarm-device")] * 3, "block 0 keeps what has a name"
+            assert b.cache.free_blocks == 64
             speed = b.engine.speed_now()
             assert speed is not None
             assert speed.decode_layer_s == pytest.approx(0.012 / 6)

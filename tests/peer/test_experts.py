@@ -15,11 +15,12 @@ import torch
 from hexswarm.architecture import numerics, span_shapes
 from hexswarm.errors import UnsupportedModel
 from hexswarm.experts import read_experts
-from hexswarm.kernels import native
+from hexswarm.kernels import dispatch, native
 from hexswarm.kernels.quantise import dequantise, quantise
 from hexswarm.kernels.ragged import ragged
-from hexswarm.peer.loading import held_bytes, longest_runs
-from hexswarm.peer.models.experts import MixtureLayer, route
+from hexswarm.kernels.reference import route
+from hexswarm.peer.fitting import held_bytes, longest_runs
+from hexswarm.peer.models.experts import MixtureLayer
 from hexswarm.peer.models.registry import architecture
 from hexswarm.peer.shard import Shard
 from hexswarm.peer.weights import load_span
@@ -141,7 +142,7 @@ def test_a_mixture_equals_its_definition_in_float64(folders):
     assert isinstance(layer, MixtureLayer)
     y = torch.randn(1, 32).repeat(30, 1) + 0.2 * torch.randn(30, 32)
     shares, experts = route(y @ layer.router, layer.chosen, layer.normalised)
-    got = layer._mix(y, shares, experts, shard.operations)
+    got = shard.operations.mix(y, shares, experts, layer.gate_up, layer.down)
     for token in range(30):
         wanted = torch.zeros(32, dtype=torch.double)
         for share, expert in zip(shares[token], experts[token].tolist(), strict=True):
@@ -172,16 +173,33 @@ def test_rounding_leaves_the_router_alone(folders):
     assert torch.equal(layer.down[4], dequantise(quantise(down, 8), torch.float32).t())
 
 
-def test_triton_runs_them_layer_by_layer(folders):
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's, of NaN
+@pytest.mark.parametrize(
+    ("family", "quant", "way"),
+    [
+        ("mixtral", "none", "grouped"),
+        ("qwen3_moe", "none", "grouped"),
+        ("qwen3_moe", "none", "loop"),
+        ("mixtral", "int8", "grouped"),
+    ],
+)
+def test_triton_runs_them(folders, family, quant, way, monkeypatch):
+    """Grouped in the graph with the layers around them; of few bits, or in a loop, layer by layer."""
     pytest.importorskip("triton")
+    monkeypatch.setattr(dispatch, "MIXTURES", way)
     outcomes = []
     for backend in ("torch", "triton"):
-        line = Line(folders["mixtral"], (1,), backend)
+        line = Line(folders[family], (2,), backend, quant=quant)
         shard, pool = line.shards[0], line.pools[0]
-        shard.warm(pool)
+        shard.warm(pool, (1,))
         with torch.inference_mode():
             batch = ragged([pool.extent(0, 2, (3,)), pool.extent(0, 1, (1,))], CPU)
-            outcomes.append(shard.forward(shard.embed(torch.tensor(IDS[:3])), batch, pool))
+            prompt = shard.forward(shard.embed(torch.tensor(IDS[:3])), batch, pool)
+            steps = [pool.extent(2, 1, (3,)), pool.extent(1, 1, (1,)), pool.extent(0, 1, (2,))]
+            batch = ragged(steps, CPU)
+            last = shard.forward(shard.embed(torch.tensor(IDS[3:6])), batch, pool)
+        outcomes.append(torch.cat((prompt, last)))
+        assert len(shard._graphed) == (backend == "triton" and quant == "none" and way == "grouped")
     assert_close(*outcomes)
 
 

@@ -9,7 +9,14 @@ import pytest
 
 from hexswarm.peer import placement
 from hexswarm.peer.placement import HOLE_S, SETTLED_S, USUAL, Placement, token_layer_s
-from hexswarm.records import Announcement, PeerId, Span, Speed
+from hexswarm.records import (
+    Announcement,
+    GroupMembership,
+    GroupOffer,
+    PeerId,
+    Span,
+    Speed,
+)
 from tests.strategies import MODEL, OTHER_MODEL, peer_id
 
 LAYERS = 12
@@ -46,6 +53,24 @@ def test_a_joiner_fills_the_hole_and_looks_at_its_own_model_only() -> None:
     for state, chosen in (("joining", Span(0, 6)), ("draining", Span(6, 12))):
         others = [told(number, 6, 12, state=state) for number in (4, 5)]
         assert peer().choose([*view, *others]) == chosen
+
+
+def test_members_of_groups_and_who_waits_for_one_hold_nothing() -> None:
+    """Their leader does; a group that loads is a claim of its leader's."""
+    offer = GroupOffer("lab", 1 << 30, "10.0.0.1", 4711, waiting=True)
+    group = GroupMembership("g", 0, 2, 1, (500, 500))
+    rest = [told(1, 0, 6)]
+    for word in (
+        told(3, 6, 12, group=replace(group, rank=1)),
+        told(3, 6, 12, state="joining", offer=offer),
+    ):
+        assert peer().choose([*rest, word]) == Span(6, 12)
+        stays = peer()
+        assert stays.wish([*rest, word], Span(0, 6), 0.0) is None
+        assert stays.wish([*rest, word], Span(0, 6), HOLE_S) == Span(6, 12), "the hole is seen"
+    leads = told(3, 6, 12, state="joining", group=group, offer=replace(offer, waiting=False))
+    assert peer().wish([*rest, leads], Span(0, 6), HOLE_S) is None
+    assert peer().choose([*rest, told(3, 6, 12, state="joining", group=group)]) == Span(0, 6)
 
 
 def test_the_later_of_two_claims_yields() -> None:

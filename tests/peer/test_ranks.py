@@ -14,12 +14,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hexswarm.errors import MemberLost
+from hexswarm.errors import MemberLost, OutOfMemory
 from hexswarm.peer.commands import Plan, pack_plan, receive, send, unpack_plan
 from hexswarm.peer.cuts import Cut, Member, plan_cut
+from hexswarm.peer.led import LedShard
 from hexswarm.peer.models.registry import architecture
 from hexswarm.peer.rank import follow
-from hexswarm.peer.ranks import LedShard, Ranks
+from hexswarm.peer.ranks import Ranks
 from hexswarm.peer.runner import Runner
 from hexswarm.peer.shard import Shard
 from hexswarm.peer.shared_sums import SharedSums, make_bells, make_memory, map_memory
@@ -87,6 +88,10 @@ BATCHES = [
 """Prompts, decode steps, entry amid the span, and both ways of entry in one batch."""
 
 
+def _expect_done(door: socket.socket) -> None:
+    assert receive(door) == ["done"]
+
+
 @contextmanager
 def followed(folder: ModelFolder) -> Iterator[LedShard]:
     """Rank 0 of two; the other is a thread that does all that a child does."""
@@ -105,7 +110,9 @@ def followed(folder: ModelFolder) -> Iterator[LedShard]:
         try:
             send(door, pack_plan(plan, cut.parts[1]))
             assert receive(door)[0] == "loaded"  # type: ignore[index]
-            yield LedShard(shard, sums, lambda command: send(door, command))
+            yield LedShard(
+                shard, sums, lambda command: send(door, command), lambda: _expect_done(door)
+            )
         finally:
             door.close()
             life.result(20)
@@ -134,6 +141,35 @@ def test_three_processes_answer_as_one(folder: ModelFolder, ranks: Ranks) -> Non
         assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
     runner.forget((3, 1))
     assert ranks.lost is None
+
+
+@pytest.mark.end_to_end
+def test_ranks_of_a_process_group_answer_as_one(folder: ModelFolder) -> None:
+    """The way of GPUs, with gloo: ids and hidden states handed out by the group, and its end."""
+    cut = plan_cut(read_sizes(folder.config, ALL), [Member(), Member(2.0)])
+    whole = one_process(folder, ALL)
+    with Ranks(folder, ALL, cut, devices=("cpu", "cpu"), backend="torch", sums="gloo") as ranks:
+        runner = Runner(ranks.shard, ranks.shard.make_pool(8))  # type: ignore[arg-type]
+        ranks.shard.warm(runner.pool)
+        for rows in BATCHES:
+            got, expected = (logits(one.run(Batch(rows))) for one in (runner, whole))
+            assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+        ranks.guard()
+        assert ranks.lost is None
+        os.kill(ranks.children[1].pid, signal.SIGKILL)
+        with pytest.raises(MemberLost):
+            runner.run(Batch(BATCHES[1]))
+        assert ranks.lost is not None
+
+
+@pytest.mark.end_to_end
+def test_a_pool_that_does_not_fit_is_told_in_words(folder: ModelFolder) -> None:
+    """Of the rank that has no room, and the group is over: the others have theirs."""
+    cut = plan_cut(read_sizes(folder.config, ALL), [Member(), Member()])
+    with Ranks(folder, ALL, cut) as ranks:
+        with pytest.raises(OutOfMemory, match="GB of KV"):
+            ranks.shard.make_pool(1 << 40)
+        assert ranks.lost is not None
 
 
 @pytest.mark.end_to_end

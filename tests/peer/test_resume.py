@@ -6,6 +6,7 @@ One stage alone; whoever talks to it is made up. Whole rings that lose stages ar
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -33,6 +34,7 @@ from hexswarm.peer.actions import BULK, STEP, Action, Dial, Drop, Send, Submit
 from hexswarm.peer.admission import Hosted
 from hexswarm.peer.cache import BlockTables
 from hexswarm.peer.journal import MOST_EACH_BYTES, Journal
+from hexswarm.peer.leases import Lease
 from hexswarm.peer.order import REMEMBERED
 from hexswarm.peer.resume import (
     AGAIN_S,
@@ -65,14 +67,16 @@ class Ledger:
         self.tables = BlockTables(64, lease_s=60.0)
         self.now = 0.0
 
-    def open(self, session: bytes, tokens: int) -> object:
-        return self.tables.lease(session, tokens, self.now)
+    def open(
+        self, session: bytes, tokens: int, names: Sequence[Hashable] = (), *, publish: bool = True
+    ) -> Lease:
+        return self.tables.lease(session, tokens, self.now, names, publish=publish)
 
     def extend(self, session: bytes, tokens: int) -> object:
         return self.tables.extend(session, tokens, self.now)
 
-    def close(self, session: bytes) -> bool:
-        return self.tables.release(session, 0.0)
+    def close(self, session: bytes, names: Sequence[Hashable] = ()) -> bool:
+        return self.tables.release(session, 0.0, names)
 
     def expire(self) -> list[bytes]:
         return []

@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,8 +18,16 @@ from transformers import (
 )
 
 from hexswarm.errors import UsageError
-from hexswarm.peer import sampling as module
-from hexswarm.peer.sampling import choose, choose_greedy, distribution, penalise, uniform
+from hexswarm.kernels import choice as module
+from hexswarm.peer.sampling import (
+    choose,
+    choose_all,
+    choose_greedy,
+    distribution,
+    draw_of,
+    penalise,
+    uniform,
+)
 from hexswarm.records import Sampling
 
 torch.set_num_threads(1)
@@ -94,8 +103,10 @@ def test_the_shortlist_never_changes_the_token(seed, temperature, top_k, top_p, 
     near = ids[max(0, place - 1) : place + 2].tolist()  # the sums differ in the last bits
     token = choose(row, sampling, [], 9)
     assert token in near
-    shortlist, module.SHORTLIST = module.SHORTLIST, 3000
+    shortlist, module.SHORTLIST = module.SHORTLIST, 7
     try:
+        assert choose(row, sampling, [], 9) == token
+        module.SHORTLIST = 3000
         assert choose(row, sampling, [], 9) == token
     finally:
         module.SHORTLIST = shortlist
@@ -166,10 +177,19 @@ def test_the_smallest_temperature_is_still_finite():
     assert choose(row, Sampling(temperature=5e-324), [], 4) == int(row.argmax())
 
 
+def test_rows_chosen_together_are_those_chosen_one_by_one():
+    rows = torch.stack([logits(3000, seed) for seed in range(len(SETTINGS))])
+    plain = [replace(sampling, repetition_penalty=1.0) for sampling in SETTINGS] + [Sampling()]
+    rows = torch.cat((rows, logits(3000, 99)[None]))
+    found = choose_all(rows, [draw_of(sampling, 11) for sampling in plain])
+    wanted = [choose(row, some, [], 11) for row, some in zip(rows, plain, strict=True)]
+    assert found.tolist() == wanted
+
+
 @pytest.mark.gpu
-def test_a_gpu_row_gives_the_same_token():
-    row = logits(40_000, 5)
+def test_a_gpu_chooses_the_same_tokens():
+    rows = torch.stack([logits(40_000, seed, spread=1 + seed % 4) for seed in range(20)])
     for sampling in SETTINGS:
-        for position in range(20):
-            expected = choose(row, sampling, [1, 2, 3], position)
-            assert choose(row.cuda(), sampling, [1, 2, 3], position) == expected
+        draws = [draw_of(sampling, position) for position in range(20)]
+        expected = choose_all(rows, draws)
+        assert torch.equal(choose_all(rows.cuda(), draws).cpu(), expected)

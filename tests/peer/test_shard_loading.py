@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hexswarm.clock import RealClock
 from hexswarm.config import PeerConfig
 from hexswarm.errors import OutOfMemory
 from hexswarm.kernels import dispatch
 from hexswarm.kernels.quantise import dequantise, quantise
-from hexswarm.peer.loading import held_bytes, kept_bits, load, longest_runs
+from hexswarm.peer.fitting import held_bytes, kept_bits, longest_runs
+from hexswarm.peer.hosting import Machine
+from hexswarm.peer.loading import load
 from hexswarm.peer.models.registry import architecture
 from hexswarm.peer.shard import Shard
 from hexswarm.peer.weights import load_span, span_bytes
@@ -67,7 +70,8 @@ def test_a_peer_on_a_cpu_serves_the_rounded_model(folder, quant, tmp_path, monke
     """Wider in memory than they were rounded, but with the same values; the class tells."""
     monkeypatch.setenv("HEXSWARM_CACHE", str(tmp_path))
     config = PeerConfig(quant=quant, kv_tokens=2048, threads=1)
-    served = load(config, folder, Span(1, 2), "cpu", "float32", Quiet())
+    hosting = Machine(config, RealClock())
+    served = load(config, folder, Span(1, 2), "cpu", "float32", Quiet(), hosting)
     name = "model.layers.1.mlp.down_proj.weight"
     weight = load_span(folder, Span(1, 2), dtype=torch.float32)[name]
     rounded = dequantise(quantise(weight, 8), torch.float32)

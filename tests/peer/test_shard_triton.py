@@ -25,7 +25,7 @@ from hexswarm.records import Sampling, Span
 torch.set_num_threads(1)
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-LAYERS, VOCABULARY, BLOCK, BLOCKS = 3, 97, 16, 400
+LAYERS, VOCABULARY, BLOCK, BLOCKS = 2, 97, 16, 400
 BASE = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -68,7 +68,8 @@ def tensors(name, span=None):
     return {key: value for key, value in found.items() if key in wanted}
 
 
-def make(name, backend, device="cpu", span=None, **options):
+def make(name, backend, device="cpu", span=None, warm=GPU, **options):
+    """Ready to run; what is interpreted gains nothing from running once before."""
     span = span or Span(0, LAYERS)
     config = architecture({**BASE, **MODELS[name]})
     shard = Shard(
@@ -76,7 +77,8 @@ def make(name, backend, device="cpu", span=None, **options):
     )
     pool = shard.make_pool(BLOCKS, BLOCK)
     pool.data.fill_(float("nan"))
-    shard.warm(pool, (1,))
+    if warm:
+        shard.warm(pool, (1,))
     return Runner(shard, pool)
 
 
@@ -129,16 +131,16 @@ def prompts(count, longest=20):
 @pytest.mark.parametrize("name", MODELS)
 def test_answers_equal_the_reference(name):
     """Prompts of many lengths, then decode steps that cross a block's end, in two stages."""
-    texts = [[1, 2, 3], list(range(15))]
+    texts = [[1, 2, 3], list(range(16))]
     stages = [make(name, "triton", DEVICE, span) for span in (Span(0, 1), Span(1, LAYERS))]
-    assert answer(stages, texts, 3) == answer([make(name, "torch")], texts, 3)
+    assert answer(stages, texts, 2) == answer([make(name, "torch")], texts, 2)
 
 
 @pytest.mark.parametrize("quant", ["int8", "int4"])
 def test_rounded_weights_mean_the_same_on_every_backend(quant):
     """Kept in few bits here, widened there; the weights are those that rounding gives."""
     few, wide = make("qwen3", "triton", DEVICE, quant=quant), make("qwen3", "torch", quant=quant)
-    texts = [[1, 2, 3], [4]]
+    texts = [[1, 2, 3]]
     assert answer([few], texts, 2) == answer([wide], texts, 2)
     assert few.shard.weight_bytes < 0.8 * wide.shard.weight_bytes
     for kept, other in zip(few.shard.layers, wide.shard.layers, strict=True):
@@ -158,20 +160,20 @@ def test_a_shard_without_rounding_holds_the_same_bytes():
 
 
 def test_prompts_and_decode_steps_in_one_batch():
-    texts = [[1, 2, 3, 4], [5], [6, 7, 8]]
+    texts = [[1, 2, 3, 4], [5, 6, 7]]
     wanted = staggered(make("qwen3", "torch"), texts)
     assert staggered(make("qwen3", "triton", DEVICE), texts) == wanted
 
 
 def test_more_decode_steps_than_a_graph_has_rows(monkeypatch):
     monkeypatch.setattr("hexswarm.peer.shard.DECODE_ROWS", 2)
-    texts = [[token] for token in range(5)]
+    texts = [[token] for token in range(3)]
     runner, plain = make("llama", "triton", DEVICE), make("llama", "torch")
     assert answer([runner], texts, 2) == answer([plain], texts, 2)
 
 
 def test_what_a_pool_needs_goes_with_it():
-    runner = make("llama", "triton", DEVICE)
+    runner = make("llama", "triton", DEVICE, warm=True)
     shard, graphed = runner.shard, runner.shard._graphed
     assert len(graphed) == 1
     other = shard.make_pool(4, BLOCK)

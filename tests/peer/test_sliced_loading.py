@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hexswarm.errors import CorruptWeights, OutOfMemory
-from hexswarm.peer import weights
+from hexswarm.peer import reading, weights
 from hexswarm.peer.cuts import Cut, Member, cut_by_heads, plan_cut
 from hexswarm.peer.slices import part_slices, read_sizes
 from hexswarm.peer.weights import load_span, span_bytes
@@ -72,8 +72,8 @@ def test_slices_are_those_of_the_whole(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Read run by run, or cut out of blocks of a few rows."""
-    monkeypatch.setattr(weights, "_LONG_RUN", long_run)
-    monkeypatch.setattr(weights, "_BLOCK", 700)
+    monkeypatch.setattr(reading, "_LONG_RUN", long_run)
+    monkeypatch.setattr(reading, "_BLOCK", 700)
     folder = folders[kind]
     for span in (ALL, Span(0, 1), Span(2, 3)):
         for cut in cuts(folder, span):
@@ -92,15 +92,15 @@ def test_a_member_reads_no_more_than_it_holds(
 ) -> None:
     """Where runs are long, which they are in models that are cut in earnest."""
     read = 0
-    fill = weights._fill
+    fill = reading._fill
 
     def counted(file: Any, start: int, tensor: torch.Tensor, name: str) -> None:
         nonlocal read
         read += tensor.nbytes
         fill(file, start, tensor, name)
 
-    monkeypatch.setattr(weights, "_fill", counted)
-    monkeypatch.setattr(weights, "_LONG_RUN", 1)
+    monkeypatch.setattr(reading, "_fill", counted)
+    monkeypatch.setattr(reading, "_LONG_RUN", 1)
     folder = folders["llama"]
     for part in cuts(folder)[0].parts:
         read = 0
@@ -126,11 +126,11 @@ def test_a_file_that_ends_within_a_slice(
     tmp_path: Path, long_run: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As it may when somebody writes to it after it was checked."""
-    monkeypatch.setattr(weights, "_LONG_RUN", long_run)
+    monkeypatch.setattr(reading, "_LONG_RUN", long_run)
     path = tiny.save_folder(tmp_path / "model", tiny.model("llama"), shard="1GB")
     folder = resolve(str(path), home=tmp_path)
     (name,) = folder.files
-    reader = weights._reader(folder, name)
+    reader = reading.reader(folder, name)
     part = cuts(folder)[0].parts[1]
     slices = part_slices(folder.config, ALL, part)
     tensor = next(n for n in slices if n.endswith("down_proj.weight"))

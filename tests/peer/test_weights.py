@@ -22,7 +22,7 @@ from hexswarm.errors import (
     UsageError,
 )
 from hexswarm.manifest import write_manifest
-from hexswarm.peer import weights
+from hexswarm.peer import reading, weights
 from hexswarm.peer.memory import free_bytes
 from hexswarm.peer.weights import load_span, span_bytes
 from hexswarm.progress import Quiet
@@ -200,7 +200,7 @@ def test_running_out_while_loading(folder: ModelFolder, monkeypatch: pytest.Monk
         def full(*_: Any, error: Exception = error) -> Any:
             raise error
 
-        monkeypatch.setattr(weights, "_read_tensor", full)
+        monkeypatch.setattr(reading, "_read_tensor", full)
         with pytest.raises(OutOfMemory):
             load_span(folder, Span(0, 1), dtype=F32)
 

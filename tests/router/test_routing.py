@@ -19,6 +19,7 @@ from hexswarm.errors import NoRoute, UsageError
 from hexswarm.records import (
     Announcement,
     GroupMembership,
+    GroupOffer,
     Link,
     PeerId,
     Route,
@@ -574,6 +575,21 @@ def test_peers_that_leave_or_come_are_named() -> None:
     assert error.cause.endswith("are draining or joining")
     error = refusal([whole, peer(B, 6, 12, group=GroupMembership("g", 1, 2, 0))])
     assert error.cause.endswith("are not leading")
+    offer = GroupOffer("lab", 1 << 30, "10.0.0.1", 4711, waiting=True)
+    error = refusal([whole, peer(B, 6, 12, state="joining", offer=offer)])
+    assert error.cause.endswith("are waiting for a group")
+
+
+def test_a_group_is_one_stage_at_its_leaders_speed() -> None:
+    """Its members, whatever they announce, are no stages of their own and no spares."""
+    fast, slow = Speed(0.001, 1e-4, 0.0), Speed(0.01, 1e-4, 0.0)
+    group = GroupMembership("g", 0, 2, 1, (500, 500))
+    lead = peer(A, 0, 12, group=group, speed=fast)
+    member = peer(B, 0, 12, group=replace(group, rank=1), speed=Speed(1e-6, 1e-6, 0.0))
+    found = route([lead, member, peer(C, 0, 12, speed=slow)])
+    assert shape(found) == [(A, 0, 12)]
+    assert B not in {stage.peer for spare in found.spares for stage in spare.stages}
+    assert found.tpot_s == pytest.approx(0.012, rel=0.2)
 
 
 def test_full_peers_are_named_with_the_room_they_have() -> None:

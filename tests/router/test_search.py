@@ -149,7 +149,7 @@ def test_a_better_label_that_used_up_a_peer_does_not_strike_out_another(form: So
 
 
 @compiled
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(st.integers(0, 10**6), st.floats(1.01, 2.0), st.booleans(), st.booleans())
 def test_the_native_search_is_the_one_in_python(
     seed: int, factor: float, on_t: bool, on_a: bool
@@ -243,7 +243,7 @@ def test_barred_peers_take_no_part(seed: int, count: int, layers: int) -> None:
 
 
 @compiled
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(st.integers(0, 10**6), st.integers(1, 3))
 def test_boxes_are_cut_without_losing_a_ring(seed: int, chunks: int) -> None:
     """Where maxima weigh much and the limit on the first token is tight, in swarms whose searches

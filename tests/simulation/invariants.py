@@ -129,10 +129,10 @@ def computed_once(peer: SimulatedPeer, row: Row) -> Iterator[str]:
 
 
 def leases_add_up(peer: SimulatedPeer) -> Iterator[str]:
-    """I3: KV in use is the sum of the leases, and each belongs to an open session."""
+    """I3: KV in use is what the leases name, and each belongs to an open session."""
     tables = peer.engine.tables
     used = tables.total_blocks - tables.free_blocks
-    leased = sum(len(tables.blocks(session)) for session in tables.sessions)
+    leased = len({block for session in tables.sessions for block in tables.blocks(session)})
     if used != leased:
         yield f"{peer.process.name} uses {used} blocks and leases {leased}"
     if set(tables.sessions) != set(peer.table._sessions):
@@ -227,9 +227,14 @@ def records_end(
 ) -> Iterator[str]:
     """I6: nobody is believed alive for longer than a record lives after its last word."""
     for peer in seen:
-        age_s = now - told_s.get(peer, now)
-        if age_s > EXPIRE_S + RECORD_SLACK_S:
-            yield f"{peer[-6:]} is still believed alive {age_s:.0f} s after its last word"
+        last_s = told_s.get(peer, now)
+        if outlived(last_s, now):
+            yield f"{peer[-6:]} is still believed alive {now - last_s:.0f} s after its last word"
+
+
+def outlived(told_s: float, now: float) -> bool:
+    """Whether a record told then may not be believed any more."""
+    return now - told_s > EXPIRE_S + RECORD_SLACK_S
 
 
 # --- at the end -------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from hexswarm.links import Links
 from hexswarm.membership import Membership
 from hexswarm.peer.admission import Hosted
 from hexswarm.peer.announcer import Announcer
+from hexswarm.peer.attempts import Job
 from hexswarm.peer.cache import BLOCK_TOKENS, BlockTables
 from hexswarm.peer.engine import Engine
 from hexswarm.peer.journal import Journal
@@ -224,7 +225,7 @@ class VirtualEngine(Engine):
         for row in picked.rows:
             self.on_pick(row)
         self._computing = picked
-        self._timer = self._loop.call_later(self._seconds(picked), self._finish, now)
+        self._timer = self._loop.call_later(self._seconds(picked), self._over, now)
 
     def _seconds(self, batch: Batch) -> float:
         speed, layers = self._spec.speed, len(self._spec.span)
@@ -233,12 +234,12 @@ class VirtualEngine(Engine):
         rows_s = speed.decode_layer_s + decodes * speed.row_layer_s
         return self.slow * layers * (rows_s + tokens * speed.prefill_layer_s)
 
-    def _finish(self, began_s: float) -> None:
+    def _over(self, began_s: float) -> None:
         batch, self._computing, self._timer = self._computing, None, None
         assert batch is not None
         self._device.began(began_s)
         try:
-            self._compute(batch)
+            self._begin(Job(batch, []))
         finally:
             self._device.ended()
         self._go_on()

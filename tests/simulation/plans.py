@@ -66,7 +66,7 @@ def draw(seed: int, *, quiet: bool = False) -> Plan:
         victims=victims,
         delay_s=rng.choice((0.002, 0.01, 0.04)),
         faults_end_s=end_s,
-        asks=asks,
+        asks=_alike(asks, seed),
         faults=() if quiet else wrong,
         stops=stops,
     )
@@ -96,6 +96,18 @@ def _draw_peers(
     sizes = [rooms.choice((0, 100, 1 << 20, 1 << 20)) for _ in specs]
     kept = (replace(spec, journal_bytes=size) for spec, size in zip(specs, sizes, strict=True))
     return tuple(kept), tuple(victims)
+
+
+def _alike(asks: tuple[Ask, ...], seed: int) -> tuple[Ask, ...]:
+    """In every other seed prompts begin alike, as those with one system prompt do."""
+    rng = random.Random(f"prefixes {seed}")
+    if rng.random() < 0.5:
+        return asks
+    common = tuple(rng.randrange(VOCABULARY) for _ in range(34))
+    return tuple(
+        replace(ask, prompt=common + ask.prompt[-6:]) if len(ask.prompt) >= 12 else ask
+        for ask in asks
+    )
 
 
 def _draw_ask(

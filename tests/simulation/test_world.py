@@ -218,11 +218,11 @@ def test_i3_a_lease_is_not_given_back(monkeypatch: Patch) -> None:
 def test_i3_blocks_get_lost(monkeypatch: Patch) -> None:
     """A released lease gives back one block too few."""
 
-    def short(original: Any, self: Any, session: bytes, now: float) -> bool:
+    def short(original: Any, self: Any, session: bytes, *rest: Any) -> bool:
         holder = self._holders.get(session)
         if holder is not None:
             holder.lease = replace(holder.lease, blocks=holder.lease.blocks[1:])
-        return bool(original(self, session, now))
+        return bool(original(self, session, *rest))
 
     wrapped(monkeypatch, BlockTables, "release", short)
     noticed("I3")
@@ -243,8 +243,8 @@ def test_i4_nobody_is_told_the_end(monkeypatch: Patch) -> None:
 def test_i4_a_closed_session_still_computes(monkeypatch: Patch) -> None:
     """The engine hands out steps of a session that the table has closed."""
 
-    def hold_on(original: Any, self: Any, session: bytes) -> bool:
-        asyncio.get_running_loop().call_later(2.0, original, self, session)
+    def hold_on(original: Any, self: Any, session: bytes, *names: Any) -> bool:
+        asyncio.get_running_loop().call_later(2.0, original, self, session, *names)
         return True
 
     wrapped(monkeypatch, Engine, "close", hold_on)

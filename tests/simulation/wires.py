@@ -143,6 +143,15 @@ class Wires:
         ways = (self.harms.get((a, b)), self.harms.get((b, a)))
         return not any(harm is not None and harm.any for harm in ways)
 
+    @property
+    def calm(self) -> bool:
+        """Whether all ways are open."""
+        return not (
+            any(self._cuts.values())
+            or any(self._freezes.values())
+            or any(harm.any for harm in self.harms.values())
+        )
+
     def cut(self, a: PeerId, b: PeerId, why: str) -> None:
         reasons = self._cuts.setdefault(_sorted(a, b), set())
         if not reasons:
@@ -328,6 +337,9 @@ class WiredStream:
 
     async def drain(self) -> None:
         await self._inner.drain()
+
+    def pause(self) -> None:
+        self._inner.pause()
 
     def close(self) -> None:
         NOBODY.run(self._inner.close)

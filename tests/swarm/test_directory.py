@@ -30,7 +30,7 @@ from hexswarm.directory import (
 )
 from hexswarm.errors import RemoteProtocolError, UsageError
 from hexswarm.identity import Identity
-from hexswarm.records import Announcement, GroupMembership, PeerId, Span, Speed
+from hexswarm.records import Announcement, GroupMembership, GroupOffer, PeerId, Span, Speed
 from tests.strategies import announcements, peer_id
 
 NOW = 1.7e9
@@ -161,6 +161,39 @@ BODY = [
 ]
 
 
+OFFER = GroupOffer("lab", 1 << 30, "10.0.0.1", 4711, leads=True)
+LATER = [
+    *((14, ["g", 0, 2, 1, []]), (14, ["g", 0, 2, 1, [500]]), (14, ["g", 0, 2, 1, [500, 501]])),
+    *(
+        (14, ["g", 0, 2, 1, [1000, 0]]),
+        (14, ["g", 0, 2, 1, [999.0, 1]]),
+        (14, ["g", 0, 2, 1, 5]),
+    ),
+    *((14, ["g", 0, 2, 1, [500, 500], 0]), (25, -1), (25, 31), (25, None), (26, None), (26, [])),
+    *((26, ["", 1, "h", 1, False, False]), (26, ["lab", -1, "h", 1, False, False])),
+    *((26, ["lab", 1, "h", 0, False, False]), (26, ["lab", 1, "h", 1, 1, False])),
+    *((26, ["lab", 1, "h", 1, False]), (26, ["lab", 1, "h", 1, False, False, False])),
+    *((26, ["lab", 1, b"h", 1, False, False]), (26, ["lab", 1, "h" * 65, 1, False, False])),
+]
+
+
+@pytest.mark.parametrize(("index", "value"), LATER, ids=str)
+def test_so_it_is_for_what_came_later(index: int, value: Any) -> None:
+    told = announcement(group=GroupMembership("g", 0, 2, 1, (600, 400)), offer=OFFER)
+    assert open_record(forge(told).data).announcement == told
+    with pytest.raises(RemoteProtocolError):
+        open_record(forge(told, **{f"_{index}": value}).data)
+
+
+def test_a_record_is_no_longer_than_what_it_tells() -> None:
+    """Who offers nothing and tells no cut writes what it always wrote."""
+    usual = announcement(group=GroupMembership("g", 0, 2, 1))
+    body = module._to_body(usual, NOW)
+    assert (len(body), len(body[14])) == (25, 4)
+    assert len(module._to_body(replace(usual, most_layers=3), NOW)) == 26
+    assert len(module._to_body(replace(usual, offer=OFFER), NOW)) == 27
+
+
 @pytest.mark.parametrize(("index", "value"), BODY, ids=str)
 def test_the_schema_is_strict_also_if_well_signed(index: int, value: Any) -> None:
     with pytest.raises(RemoteProtocolError):
@@ -182,7 +215,9 @@ def test_what_sign_makes_is_accepted_at_the_largest_fields() -> None:
         queue_s=1 / 3,
         addresses=tuple(f"{n}" + "a" * 255 for n in range(8)),
         neighbours=tuple((PeerId("1" * 63 + str(n)), 1 / 3) for n in range(8)),
-        group=GroupMembership("g" * 64, 62, 64, 1 << 62),
+        group=GroupMembership("g" * 64, 62, 64, 1 << 62, (*[15] * 63, 55)),
+        offer=GroupOffer("n" * 32, 1 << 60, "h" * 64, 65535, leads=True, waiting=True),
+        most_layers=4096,
         software="s" * 32,
         issued_s=1 / 3,
         sequence=1 << 62,

@@ -97,7 +97,7 @@ def example() -> str:
     told[5] = replace(told[5], state="joining")
     told[22] = replace(told[22], coordinates=None)
     for rank, index in enumerate((13, 14)):
-        group = GroupMembership("lyon", rank, 2, 1)
+        group = GroupMembership("lyon", rank, 2, 1, (500, 500))
         told[index] = replace(told[index], group=group, device="A100 40GB", busy=0.3)
     spans = {0: (0, 8), 3: (8, 16), 20: (16, 24), 11: (24, 32)}
     stages = tuple(Stage(told[index].peer, Span(*span)) for index, span in spans.items())

@@ -361,7 +361,7 @@ def test_cancelled_after_a_repair_the_session_is_as_good_as_before(
 # --- everything at once ---------------------------------------------------------------------------
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     st.sampled_from(sorted(RINGS)),
     st.lists(

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from hexswarm.groups import group_json, groups
 from hexswarm.picture import WIDTH, swarm_table
-from hexswarm.records import Announcement, ModelSpec, PeerId, Span, Speed
+from hexswarm.records import (
+    Announcement,
+    GroupMembership,
+    GroupOffer,
+    ModelSpec,
+    PeerId,
+    Span,
+    Speed,
+)
 from hexswarm.router.network import snapshot
 
 SPEC = ModelSpec("d" * 64, "tiny", "llama", 6, 64, 200, 4096, 64)
@@ -45,6 +54,62 @@ def test_a_row_says_how_fast_and_how_busy_a_peer_is() -> None:
     ]
     assert len(rows[2]) == start + WIDTH
     assert set(rows[2][:start]) == {" "}
+
+
+def group(view: list[Announcement]) -> list[str]:
+    return swarm_table(SPEC, snapshot(view, {}, 0.0), ()).splitlines()
+
+
+def test_a_group_is_one_line_and_counts_once() -> None:
+    """A member's bar is stippled and its layers are its leader's."""
+    told = GroupMembership("3f2a90c1d2e3f405", 0, 2, 4, (667, 333))
+    leader = replace(peer("a", Span(0, 6)), group=told)
+    member = replace(peer("b", Span(0, 6)), group=replace(told, rank=1))
+    lines = group([member, leader])
+    assert (
+        "group 3f2a epoch 4: 2 members, cut 667:333, leader xxxxxxxx, layers 0:6, serving" in lines
+    )
+    rows = [line for line in lines if line.startswith("xxxxxxxx")]
+    assert [("member" in row, "▒" in row) for row in rows] == [(False, False), (True, True)]
+    assert lines[5].endswith("1" * WIDTH)
+
+
+def test_a_group_that_is_not_whole_says_so() -> None:
+    told = GroupMembership("3f2a", 0, 3, 4)
+    leader = replace(peer("a", Span(0, 6)), group=told, state="joining")
+    stale = replace(peer("b", Span(0, 6)), group=replace(told, rank=1, epoch=3))
+    assert (
+        "group 3f2a epoch 4: 3 members, 2 not announced, cut not told, leader xxxxxxxx, "
+        "layers 0:6, not serving" in group([leader, stale])
+    )
+
+
+def test_who_waits_for_a_group_is_told_apart() -> None:
+    offer = GroupOffer("lab", 1 << 30, "10.0.0.1", 4711, waiting=True)
+    lines = group([replace(peer("a", Span(0, 6)), state="joining", offer=offer)])
+    assert "waiting" in lines[3]
+    assert "█" not in lines[3]
+    assert lines[4].endswith("0" * WIDTH)
+
+
+def test_a_group_takes_no_strangers_word() -> None:
+    """Who claims a rank with another size, cut or span is not counted, nor the second of a rank."""
+    told = GroupMembership("3f2a", 0, 2, 4, (500, 500))
+    leader = replace(peer("a", Span(0, 6)), group=told)
+    liars = [
+        replace(peer("b", Span(0, 6)), group=GroupMembership("3f2a", 1, 3, 4)),
+        replace(peer("c", Span(0, 3)), group=replace(told, rank=1)),
+        replace(peer("d", Span(0, 6)), group=replace(told, rank=1, shares=(999, 1))),
+    ]
+    (found,) = groups([leader, *liars])
+    assert (found.members, found.missing) == ((leader.peer,), 1)
+    honest = [replace(peer(name, Span(0, 6)), group=replace(told, rank=1)) for name in "ef"]
+    (found,) = groups([*honest, leader])
+    assert found.members == (leader.peer, honest[0].peer)
+    assert group_json(found) == {
+        "group": "3f2a", "epoch": 4, "size": 2, "shares": [500, 500], "span": [0, 6],
+        "leader": leader.peer, "members": [leader.peer, honest[0].peer], "serving": True,
+    }  # fmt: skip
 
 
 def test_layers_that_nobody_serves_are_named() -> None:

@@ -97,8 +97,8 @@ def test_a_frame_that_lies_about_its_header_is_refused(change: int) -> None:
 
 
 def test_trickled_bytes_use_bounded_memory() -> None:
-    """Two megabytes in single bytes: the buffer holds one frame, and time stays linear."""
-    data = data_of(Frame(GoAway(1.0), bytes(100_000)))
+    """A hundred kilobytes in single bytes: the buffer holds one frame, and time stays linear."""
+    data = data_of(Frame(GoAway(1.0), bytes(50_000)))
     stream, decoder, count = data * 2, FrameDecoder(), 0
     tracemalloc.start()
     try:
