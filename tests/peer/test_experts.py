@@ -184,7 +184,7 @@ def test_rounding_leaves_the_router_alone(folders):
     ],
 )
 def test_triton_runs_them(folders, family, quant, way, monkeypatch):
-    """Grouped in the graph with the layers around them; of few bits, or in a loop, layer by layer."""
+    """Grouped in the graph with the layers around them; else layer by layer."""
     pytest.importorskip("triton")
     monkeypatch.setattr(dispatch, "MIXTURES", way)
     outcomes = []
