@@ -230,7 +230,8 @@ def test_a_conversation_reuses_its_kv_and_answers_like_a_fresh_session(client: C
             assert fresh.reused_tokens % BLOCK_TOKENS == 0  # what sessions share are whole blocks
             reused.append(answer.reused_tokens)
             messages.append({"role": "assistant", "content": answer.text})
-    assert reused[0] == 0 < reused[1] < reused[2]
+    assert reused[0] % BLOCK_TOKENS == 0  # the template's beginning may have been said before
+    assert reused[0] < reused[1] < reused[2]
 
 
 def test_a_conversation_may_change_its_past(tiny_client: Client) -> None:
