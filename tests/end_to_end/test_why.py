@@ -52,11 +52,13 @@ def test_a_limit_that_nobody_can_keep(tiny_client: Client) -> None:
     assert caught.value.binding == "tpot"
     achievable_s = caught.value.achievable["tpot_s"]
     assert IMPOSSIBLE_S < achievable_s < 5
-    for _ in range(5):  # on a busy machine what is achievable changes from one moment to the next
+    for attempts_left in reversed(range(5)):  # a busy machine achieves less from moment to moment
         try:
             done = tiny_client.generate([5, 6, 7], max_new_tokens=4, max_latency=achievable_s * 1.5)
         except NoRoute as error:
-            achievable_s = error.achievable["tpot_s"]
+            achievable_s = error.achievable.get("tpot_s", achievable_s)
+            if not attempts_left:
+                raise
         else:
             break
     assert len(done.ids) == 4, "what is said to be achievable is"
