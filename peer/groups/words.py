@@ -22,7 +22,11 @@ from hexswarm.peer.collective import Collective
 
 STATUS = ["status"]
 STATUS_EVERY_S = 0.1
+LONG_S = 180.0
+"""Most that a member may take for it: longer than any card compiles its kernels."""
 MOST_ANSWER_BYTES = 512
+MOST_WORD_BYTES = 250
+"""Of a reason: it and its frame fit an answer."""
 MOST_ITEMS = 1 << 20
 """In a list of a command: token ids of a batch."""
 LONG = ("pool", "warm")
@@ -66,13 +70,18 @@ def answer_beat(group: Collective) -> None:
 def await_all(group: Collective) -> None:
     """The leader: wait until every member has done the command told last.
 
-    Raises MemberLost, or OutOfMemory with the words of a member that has no room for its part.
+    Raises MemberLost, also for a member that is alive and not done within `LONG_S`, or OutOfMemory
+    with the words of a member that has no room for its part.
     """
+    end_s = time.monotonic() + LONG_S
     while True:
         group.broadcast(pack(STATUS))
         answers = group.gather(memoryview(pack(["done"])), MOST_ANSWER_BYTES)
         if all(answers):
             break
+        if time.monotonic() > end_s:
+            late = next(rank for rank, answer in enumerate(answers) if not answer)
+            raise group.lost(late, f"was not done after {LONG_S:.0f} s")
         time.sleep(STATUS_EVERY_S)
     for rank, answer in enumerate(answers):
         told = unpack(answer)
@@ -83,5 +92,6 @@ def await_all(group: Collective) -> None:
 
 def answer_status(group: Collective, answer: Sequence[Any]) -> None:
     """A member: how far it is, or nothing. Raises MemberLost."""
-    word = pack(answer) if answer else b""
-    group.gather(memoryview(word[:MOST_ANSWER_BYTES]), MOST_ANSWER_BYTES)
+    short = [str(part).encode()[:MOST_WORD_BYTES].decode(errors="ignore") for part in answer]
+    word = pack(short) if answer else b""
+    group.gather(memoryview(word), MOST_ANSWER_BYTES)

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from hexswarm.kernels import elementwise
+from hexswarm.kernels import elementwise, linear4
 from hexswarm.kernels.linear import linear
 from hexswarm.kernels.paged import PagedDecode, Plan
 from hexswarm.kernels.quantise import dequantise, quantise
@@ -59,11 +59,16 @@ def test_silu_mul(dtype):
     assert near(elementwise.silu_mul(x), torch.nn.functional.silu(gate) * up)
 
 
+WAYS = pytest.mark.parametrize(("bits", "way"), [(16, ""), (8, ""), (4, "vector"), (4, "matrix")])
+"""Weights of 4 bits have two."""
+
+
 @DTYPES
-@pytest.mark.parametrize("bits", [16, 8, 4])
+@WAYS
 @pytest.mark.parametrize(("form", "tokens"), [("plain", 1), ("gated", 2), ("add", 7)])
-def test_linear(form, tokens, bits, dtype):
+def test_linear(form, tokens, bits, dtype, way, monkeypatch):
     """Also where neither size is a multiple of a block."""
+    monkeypatch.setattr(linear4, "FORM", way)
     outputs, inputs = 20, 384
     x, weight = rand(tokens, inputs, dtype=dtype), rand(outputs, inputs, dtype=dtype)
     used = quantise(weight, bits) if bits < 16 else weight
@@ -80,8 +85,9 @@ def test_linear(form, tokens, bits, dtype):
     assert near(out, wanted)
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4])
-def test_a_row_of_a_product_does_not_depend_on_its_neighbours(bits):
+@WAYS
+def test_a_row_of_a_product_does_not_depend_on_its_neighbours(bits, way, monkeypatch):
+    monkeypatch.setattr(linear4, "FORM", way)
     kind = HALF if bits == 4 else torch.float32
     x, weight = rand(16, 256, dtype=kind), rand(32, 256, dtype=kind)
     used = quantise(weight, bits) if bits < 16 else weight

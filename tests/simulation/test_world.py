@@ -82,6 +82,13 @@ def test_a_mild_world_excuses_nothing() -> None:
 # --- it replays ---------------------------------------------------------------------------------
 
 
+def test_a_cut_of_the_only_way_is_tried_again_soon() -> None:
+    """Both ends call each other lost, and there is nobody else: avoiding them cost 8.5 s."""
+    outcome = play(6759)
+    assert not outcome.broken, verdict(outcome)
+    assert max(outcome.stalls_s) < 7
+
+
 def test_the_same_seed_is_the_same_story() -> None:
     """Twice in one process: the same frames at the same times."""
     for seed in (1, 2):
