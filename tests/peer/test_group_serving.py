@@ -262,3 +262,9 @@ def test_what_is_no_command_is_refused() -> None:
     for said in (b"\xc1", words.pack([]), b"\x93\x01\x02\x03", b"\x81\x01\x02"):
         with pytest.raises(RemoteProtocolError):
             words.unpack(memoryview(said))
+
+
+def test_a_pool_is_at_most_what_was_agreed() -> None:
+    Checks(ALL, 10, kv_tokens=100).check(["pool", 7, 16])
+    with pytest.raises(RemoteProtocolError, match="larger than was agreed"):
+        Checks(ALL, 10, kv_tokens=100).check(["pool", 8, 16])
