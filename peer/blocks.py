@@ -68,10 +68,6 @@ class BlockPool:
             found.append(block)
         return tuple(found)
 
-    def kept_among(self, blocks: Iterable[int]) -> int:
-        """How many of `blocks` would be free no more if they were held."""
-        return sum(block in self._kept for block in blocks)
-
     def hold(self, blocks: Iterable[int]) -> None:
         """One lease more holds these, which have names."""
         for block in blocks:

@@ -24,6 +24,10 @@ takes the names off; where others hold a block, it gets another one instead, so 
 changes under him. Only the middle of such a block cannot be had: there is nobody to copy its first
 half, and clients know to start at a block's begin (`SharedBlock`).
 
+Until its first step has said how much of what was found it wants (the other stages of its route may
+have less), a session counts as if it shared nothing: what it found may have to be computed again
+beside the others who hold it, and a session that was let in is not refused at its first step.
+
 A lease idle for `lease_s` ends; a step renews it. So does its owner who asks again, since a session
 whose route is being repaired stands still; but without a step it ends after `UNUSED_LEASES` times
 that, however often it is asked for. An opened session that never steps, or a client that went away
@@ -34,6 +38,7 @@ No locks and no clock here: the owner (`hexswarm.peer.engine`) guards it and pas
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -99,6 +104,8 @@ class BlockTables:
         self.prefixes = PrefixCounts()
         self._keep = keep
         self._holders: dict[SessionKey, _Holder] = {}
+        self._waiting: dict[SessionKey, _Holder] = {}
+        """Sessions that found something here and have not begun."""
         self._pool = BlockPool(blocks, lambda blocks: self.on_release(blocks), kept_s=kept_s)
         self._life_s = min(_FIRST_LIFE_S, lease_s)
 
@@ -114,7 +121,7 @@ class BlockTables:
     @property
     def free_tokens(self) -> int:
         """Tokens that one new session could lease."""
-        return self._pool.free * BLOCK_TOKENS
+        return max(0, self._pool.free - self._owed()) * BLOCK_TOKENS
 
     @property
     def sessions(self) -> tuple[SessionKey, ...]:
@@ -141,8 +148,8 @@ class BlockTables:
         # The last token is always computed: what comes after it is asked for.
         names = tuple(names[: (tokens - 1) // BLOCK_TOKENS]) if self._keep else ()
         held = self._pool.find(names)
-        if blocks_of(tokens) - len(held) > self._pool.free - self._pool.kept_among(held):
-            raise self._full(tokens, blocks_of(tokens) - len(held), now)
+        if not self._room(blocks_of(tokens)):
+            raise self._full(tokens, blocks_of(tokens), now)
         self._pool.hold(held)
         after = held[-1] + 1 if held else None
         blocks = held + self._pool.take(blocks_of(tokens) - len(held), after)
@@ -152,6 +159,8 @@ class BlockTables:
         holder.computed, holder.frozen = known, len(held)
         holder.names = names if publish else ()
         self._holders[session] = holder
+        if held:
+            self._waiting[session] = holder
         if names:
             self.prefixes = replace(self.prefixes, asked=self.prefixes.asked + 1)
         return lease
@@ -185,7 +194,7 @@ class BlockTables:
             raise BeyondLease(position + count, holder.lease.tokens)
         self._make_way(holder, position, now)
         if not holder.begun:
-            self._begin(holder, position)
+            self._begin(session, holder, position)
         holder.length = position + count
         holder.used_s = holder.stepped_s = now
 
@@ -214,6 +223,7 @@ class BlockTables:
             holder.length = min(holder.length, position)
             holder.computed = min(holder.computed, position)
             holder.begun, holder.names = True, ()
+            self._waiting.pop(session, None)
 
     def length(self, session: SessionKey) -> int:
         return self._holder(session).length
@@ -230,6 +240,7 @@ class BlockTables:
         `names` are those of all that the session holds: full blocks stay under them.
         """
         holder = self._holders.pop(session, None)
+        self._waiting.pop(session, None)
         if holder is None:
             return False
         if self._keep:
@@ -240,7 +251,7 @@ class BlockTables:
 
     def borrow(self, count: int, now: float) -> tuple[int, ...]:
         """Blocks for a moment and for no session, or KvFull; `give_back` ends it."""
-        if count > self._pool.free:
+        if not self._room(count):
             raise self._full(count * BLOCK_TOKENS, count, now)
         return self._pool.take(count)
 
@@ -271,9 +282,10 @@ class BlockTables:
                 remedy="open it again and replay",
             ) from None
 
-    def _begin(self, holder: _Holder, position: int) -> None:
+    def _begin(self, session: SessionKey, holder: _Holder, position: int) -> None:
         """The first step says with how much of what was known the session begins."""
         holder.begun = True
+        self._waiting.pop(session, None)
         if position:
             last = self.prefixes
             self.prefixes = replace(last, found=last.found + 1, tokens=last.tokens + position)
@@ -289,7 +301,7 @@ class BlockTables:
         shared = [i for i in range(first, holder.frozen) if self._pool.holders(table[i]) > 1]
         if position % BLOCK_TOKENS and first in shared:
             raise SharedBlock(position)
-        if len(shared) > self._pool.free:
+        if len(shared) > self._pool.free - (self._owed() if holder.begun else 0):
             raise self._full(holder.lease.tokens, len(shared), now)
         for index in range(first, holder.frozen):
             if index not in shared or not holder.begun:  # what it computes now is the newest
@@ -311,9 +323,26 @@ class BlockTables:
             self._pool.publish(name, block)
 
     def _take(self, tokens: int, count: int, after: int | None, now: float) -> tuple[int, ...]:
-        if count > self._pool.free:
+        if not self._room(count):
             raise self._full(tokens, count, now)
         return self._pool.take(count, after)
+
+    def _room(self, count: int) -> bool:
+        """Are so many blocks free beside those that are owed?"""
+        free = self._pool.free
+        most = sum(holder.frozen for holder in self._waiting.values())
+        return count <= free - most or count <= free - self._owed()
+
+    def _owed(self) -> int:
+        """Blocks that sessions which have not begun need if they want nothing of what they found.
+
+        Of a block with `n` holders, `k` of whom have not begun, that is at most one for each of
+        these, and one holder keeps the block itself.
+        """
+        found = Counter[int]()
+        for holder in self._waiting.values():
+            found.update(holder.lease.blocks[: holder.frozen])
+        return sum(min(k, self._pool.holders(block) - 1) for block, k in found.items())
 
     def _full(self, tokens: int, count: int, now: float) -> KvFull:
         return KvFull(tokens, self.free_tokens, self._retry_s(tokens, count, now))

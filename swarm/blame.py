@@ -21,8 +21,8 @@ def layers_of(route: Route, peer: PeerId) -> tuple[int, int]:
     return span.first, span.end
 
 
-def lost(route: Route, peer: PeerId, how: str) -> PeerLost:
-    return PeerLost(peer, layers_of(route, peer), how)
+def lost(route: Route, peer: PeerId, how: str, beside: PeerId | None = None) -> PeerLost:
+    return PeerLost(peer, layers_of(route, peer), how, beside=beside)
 
 
 def blocking(route: Route, peer: PeerId, message: Refuse) -> Stage:
@@ -35,7 +35,7 @@ def refused(route: Route, peer: PeerId, message: Refuse) -> HexswarmError:
     """A stage that cannot reach the next one is seldom the one to do without."""
     stage = blocking(route, peer, message)
     if stage.peer != peer:
-        return lost(route, stage.peer, f"cannot be reached by its neighbour {peer[-8:]}")
+        return lost(route, stage.peer, f"cannot be reached by its neighbour {peer[-8:]}", peer)
     return Refused(peer, message.code, message.reason, message.retry_s)
 
 
@@ -52,7 +52,7 @@ def failure(route: Route, peer: PeerId, message: Failed) -> HexswarmError:
     """What a `Failed` of `peer` means, once the session was open."""
     blamed = failing(route, peer, message)
     if message.code == "lost" and blamed != peer:
-        return lost(route, blamed, f"was lost by its neighbour {peer[-8:]}")
+        return lost(route, blamed, f"was lost by its neighbour {peer[-8:]}", peer)
     if message.code == "draining":
         return lost(route, peer, "has left the swarm")
     if message.code in ("expired", "unknown"):

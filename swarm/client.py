@@ -111,6 +111,7 @@ class AsyncClient:
                 await self._member.close()
                 raise
             self._planner.start()
+            self._runtime.closed = False
             self._folder = folder
 
     def _set_up(self, rng: random.Random) -> None:

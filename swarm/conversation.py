@@ -11,7 +11,6 @@ the second may be held against the peers; `Meter` tells them apart.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import itertools
 import statistics
@@ -216,8 +215,9 @@ class Conversation:
         if session is not None and len(ids) + new_tokens > session.machine.kv_tokens:
             try:
                 self._client._planner.asked(session)
-                async with asyncio.timeout(self._client.config.connect_s):
-                    await session.extend(len(ids) + new_tokens)
+                longer = session.extend(len(ids) + new_tokens)
+                within_s = self._client.config.connect_s
+                await self._client._opener.vigil.wait(session, longer, within_s)
                 self._client._planner.answered(session)
             except (HexswarmError, TimeoutError):  # a new session may do better
                 await self.close()

@@ -7,10 +7,12 @@ words on how far they are (`Progress`). Each catches what the others cannot:
   stays quiet for `SILENCE_S`, over three pings, while others are heard and the token is overdue, is
   left at once: a frozen process, a machine without power, a cut way. If *nobody* is heard the
   likelier culprit is our own network, so that waits for `ALONE_S`.
-- *deadline*: no token for `max(DEADLINE_S, 10 x mean step)`, although all are alive. All stages are
-  asked, and asked again; as long as anything moved between two answers the ring is slow, not stuck.
-  If nothing moved, fault is read along the ring (`culprit`): the first stage that has input
-  but no output hangs; a stage that lacks what the one before it sent is cut off from that one.
+- *deadline*: no token for `max(DEADLINE_S, 10 x mean step)`, although all are alive. All stages
+  were asked before, and are asked again; as long as anything moved between two answers the ring is
+  slow, not stuck. If nothing moved, fault is read along the ring (`culprit`): the first stage that
+  has input but no output hangs; a stage that lacks what the one before it sent is cut off from it.
+  The latter is not a matter of how busy anybody is, so the questions begin as soon as the token
+  should have come, and a lost frame is found long before the deadline.
 - *pace*: the median of the last eight steps is `SLOWER` times the best of this turn, or what was
   predicted. The stage that takes far longer than it announced is named; whether leaving it pays is
   for the planner to say.
@@ -66,15 +68,15 @@ ALONE_S = 4.0
 OVERDUE_S = 0.5
 """A token is overdue after this, or after four mean steps: sooner nobody is suspected."""
 DEADLINE_S = 2.0
-"""Least time without a token after which the stages are asked; else ten mean steps."""
+"""Least time without a token after which one that hangs is left; else ten mean steps."""
 FIRST_OVERDUE_S = 1.0
 """The same before the first token, however long the prompt: who computes answers pings."""
 FIRST_S = 4.0
 """The same for the first token; else four times the predicted time to it."""
-ASK_AGAIN_S = 1.0
+ASK_AGAIN_S = 0.7
 """Least time between two questions to the stages; else a quarter of the deadline."""
 STUCK_QUESTIONS = 3
-"""So many times in a row nothing had moved: over 2 s, or half of the deadline."""
+"""So many times in a row nothing had moved: over 1.4 s, or half of the deadline."""
 WINDOW = 8
 """Steps whose median is the pace."""
 SLOWER = 3.0
@@ -100,6 +102,8 @@ class Suspect:
 
     peer: PeerId
     how: str
+    beside: PeerId | None = None
+    """The neighbour whose output does not reach it: what is lost may be the way alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,7 +298,7 @@ class Detector:
 
     @property
     def deadline_s(self) -> float:
-        """Time without a token after which the stages are asked."""
+        """Time without a token after which somebody is to be left."""
         return self._first_s if self._first else max(DEADLINE_S, 10 * self._mean_s)
 
     @property
@@ -329,21 +333,26 @@ class Detector:
         """What the stages answered to the last question, as far as they did."""
         if known > self._known or self._checks_pace:
             return self._slowest(told)
+        if not told:  # nobody is heard: that is for `_waiting` to judge
+            return []
         where = {peer: (item.received, item.done) for peer, item in told.items()}
         self._unmoved = self._unmoved + 1 if where == self._told else 1
         self._told = where
-        if self._unmoved < STUCK_QUESTIONS or now - self._token_s < self.deadline_s:
+        if self._unmoved < STUCK_QUESTIONS:
+            return []
+        found = culprit(self._stages, told, known)
+        if found.beside is None and now - self._token_s < self._stuck_s:
             return []
         self._unmoved = 0
-        return [culprit(self._stages, told, known)]
+        return [found]
 
     # --- inside ---------------------------------------------------------------------------------
 
     def _count(self, now: float, tokens: int) -> None:
         step_s = (now - self._token_s) / tokens
         self._token_s, self._told, self._unmoved = now, {}, 0
-        if self._first:  # the time to the first token is no step
-            self._first, self._mean_s = False, self._predicted_s
+        if self._first:  # the time to the first token is no step, but no step takes longer
+            self._first, self._mean_s = False, min(self._predicted_s, step_s)
             return
         for _ in range(min(tokens, WINDOW)):
             self._steps.append(step_s)
@@ -358,7 +367,7 @@ class Detector:
         silent = self._silent(now, pulse, rtts_s)
         if silent and (pulse.heard(pulse.peers) or self._alone(silent, pulse, waited_s)):
             return [Suspect(p, f"was silent for {pulse.quiet_s(p):.1f} s") for p in silent]
-        if waited_s >= self.deadline_s and now - self._asked_s >= self._ask_again_s:
+        if waited_s >= self._ask_s and now - self._asked_s >= self._ask_again_s:
             self._asked_s, self._checks_pace = now, False
             return [Ask()]
         return []
@@ -381,8 +390,18 @@ class Detector:
         return longest_s >= ALONE_S and waited_s >= self.deadline_s
 
     @property
+    def _ask_s(self) -> float:
+        """Time without a token after which the stages are asked for the first time."""
+        return max(FIRST_OVERDUE_S, self._first_s / 4) if self._first else self.overdue_s
+
+    @property
     def _ask_again_s(self) -> float:
         return max(ASK_AGAIN_S, self.deadline_s / 4)
+
+    @property
+    def _stuck_s(self) -> float:
+        """Time without a token after which one that was not seen to move is left."""
+        return self.deadline_s + (STUCK_QUESTIONS - 1) * self._ask_again_s
 
     def _pace(self, now: float) -> list[Decision]:
         if len(self._steps) < WINDOW or now < self._slow_after_s:
@@ -426,12 +445,13 @@ def culprit(stages: Sequence[PeerId], told: Mapping[PeerId, Progress], known: in
     for peer in stages:
         if peer not in told:
             return Suspect(peer, "does not say how far it is")
-    sent = known
+    sent, before = known, stages[-1]
     for peer in stages:
         here = told[peer]
         if here.received < sent:
-            return Suspect(peer, "did not get what the stage before it sent")
+            beside = before if before != peer else None
+            return Suspect(peer, "did not get what the stage before it sent", beside)
         if here.done < here.received:
             return Suspect(peer, "does not finish its step")
-        sent = here.done
+        sent, before = here.done, peer
     return Suspect(stages[-1], "keeps its answer to itself")

@@ -99,12 +99,23 @@ class ClockSkew(NetworkError):
 
 
 class PeerLost(NetworkError):
-    """`peer` is the id of the lost peer, `layers` the (first, end) that it served in the route."""
+    """`peer` is the id of the lost peer, `layers` the (first, end) that it served in the route.
 
-    def __init__(self, peer: str, layers: tuple[int, int] | None, how: str) -> None:
+    If what is known is that a neighbour in the ring does not hear or reach it, `beside` is that
+    neighbour: the way between the two may be all that is lost.
+    """
+
+    def __init__(
+        self,
+        peer: str,
+        layers: tuple[int, int] | None,
+        how: str,
+        *,
+        beside: str | None = None,
+    ) -> None:
         where = f" (layers {layers[0]}-{layers[1] - 1})" if layers else ""
         super().__init__(f"peer {peer[-8:]}{where} {how}", remedy="send the request again")
-        self.peer, self.layers, self.how = peer, layers, how
+        self.peer, self.layers, self.how, self.beside = peer, layers, how, beside
 
 
 class WrongPeer(NetworkError):

@@ -171,6 +171,8 @@ class Mender:
         log.info("session %s: %s", ward.session.name, error.cause)
         how = error.how if isinstance(error, PeerLost) else error.cause
         self._stop(ward).gone.setdefault(peer, how)
+        if isinstance(error, PeerLost) and error.beside is not None:
+            ward.cut(peer, PeerId(error.beside))
         self._avoid(ward, peer, error.retry_s if isinstance(error, Refused) else 0.0)
         if isinstance(error, PeerLost) and self._member.links.connected(peer):
             self._rumours.setdefault(peer, self._clock.monotonic())
@@ -272,8 +274,8 @@ class Mender:
             match decision:
                 case Ask() if ward.asking is None or ward.asking.done():
                     ward.asking = asyncio.create_task(self._ask(ward))
-                case Suspect(peer=peer, how=how):
-                    self._suspect(ward, peer, how)
+                case Suspect(peer=peer, how=how, beside=beside):
+                    self._suspect(ward, peer, how, beside)
                 case Slow(peer=peer, step_s=step_s):
                     ward.slow[peer] = step_s
                     self._mend(ward)
@@ -285,7 +287,7 @@ class Mender:
             now = self._clock.monotonic()
             self._decide(ward, ward.detector.progress(now, told, ward.known))
 
-    def _suspect(self, ward: Ward, peer: PeerId, how: str) -> None:
+    def _suspect(self, ward: Ward, peer: PeerId, how: str, beside: PeerId | None = None) -> None:
         """Our own verdict on a stage."""
         spans = {stage.peer: stage.span for stage in ward.session.route.stages}
         if peer not in spans or not ward.alive:
@@ -293,6 +295,8 @@ class Mender:
         self._planner.failed(peer)
         self._stop(ward).gone[peer] = how
         ward.noted.add(peer)
+        if beside is not None:
+            ward.cut(peer, beside)
         self._avoid(ward, peer)
         log.info("session %s: peer %s %s", ward.session.name, peer[-8:], how)
         layers = spans[peer].first, spans[peer].end
@@ -354,21 +358,40 @@ class Mender:
         return self._clock.monotonic() - stall.began_s >= self._repair_s
 
     async def _replan(self, ward: Ward, gone: frozenset[PeerId]) -> Plan:
-        """A plan without these, and if possible without those that are about to leave."""
+        """A plan without these, and if possible without those that are about to leave.
+
+        Who was cut off from a neighbour may stay, and the neighbour gives way to another: where
+        nobody else serves its layers, or if the neighbour was an end of more ways that were lost.
+        """
         avoid, args = self._avoided(ward), (ward.known, ward.left)
         leaving = frozenset(ward.leaving & {stage.peer for stage in ward.session.route.stages})
         if leaving - gone:
             with contextlib.suppress(NoRoute):
                 both = gone | leaving
                 return await self._planner.replan(ward.plan, both, *args, avoid | leaving)
-        with contextlib.suppress(NoRoute):
-            return await self._planner.replan(ward.plan, gone, *args, avoid)
+        ways = [(gone, avoid)]
+        if kept := frozenset(peer for peer in gone & ward.beside.keys() if self._lives(peer)):
+            others = ward.instead(kept)
+            worse = sum(ward.cuts[p] for p in others) > sum(ward.cuts[p] for p in kept)
+            ways.insert(0 if worse else 1, (gone - kept | others, avoid - kept | others))
+        for without, avoided in ways:
+            with contextlib.suppress(NoRoute):
+                plan = await self._planner.replan(ward.plan, without, *args, avoided)
+                for peer in without - gone:
+                    self._avoid(ward, peer)
+                return plan
         return await self._planner.replan(ward.plan, gone, *args, self._avoided(ward, alone=True))
+
+    def _lives(self, peer: PeerId) -> bool:
+        """As far as our own link to it tells."""
+        now = self._clock.monotonic()
+        return self._member.links.connected(peer) and not self._pulse.silent(peer, now)
 
     def _reroute(self, ward: Ward, plan: Plan) -> None:
         self._stop(ward)
         ward.plan = plan
         ward.noted.clear()
+        ward.beside.clear()
         new = promised(plan)
         budgets = [ward.promised_s.get(s.peer, new[s.peer]) for s in plan.route.stages]
         log.info("session %s goes on along %s", ward.session.name, plan.route)
@@ -384,8 +407,12 @@ class Mender:
                     ward.news.clear()
         if not ward.alive or not machine.mending or machine.broken:
             return True
+        route = [stage.peer for stage in machine.route.stages]
         for peer in self._holding_up(ward):
-            self._suspect(ward, peer, f"did not open within {within_s:.1f} s")
+            # One that lives waits for the next one, most likely.
+            after = route[(route.index(peer) + 1) % len(route)] if self._lives(peer) else peer
+            beside = after if after != peer else None
+            self._suspect(ward, peer, f"did not open within {within_s:.1f} s", beside)
         return False
 
     def _holding_up(self, ward: Ward) -> list[PeerId]:

@@ -277,6 +277,10 @@ class Links:
         link. A loop that is held up by a crowd of sessions has heard nobody, and misses nobody."""
         return min((now - link.heard_s for link in self._links.get(peer, ())), default=math.inf)
 
+    def unanswered_s(self, peer: PeerId, now: float) -> float:
+        """Seconds until `now` in which `peer` has answered no ping, whatever else came from it."""
+        return self._measuring.unanswered_s(peer, now)
+
     def idle_since_s(self, peer: PeerId) -> float:
         """When a session last had to do with `peer`, -inf for never."""
         return max((link.used_s for link in self._links.get(peer, ())), default=-math.inf)

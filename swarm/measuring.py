@@ -107,6 +107,8 @@ class Measuring:
         """Least recently measured first."""
         self._relayed: set[PeerId] = set()
         self._pings: dict[int, _Sent] = {}
+        self._unanswered_s: dict[PeerId, float] = {}
+        """When the first ping to a peer went out that no answer has followed."""
         self._asked: dict[int, _Sent] = {}
         self._probes: dict[int, _Sent] = {}
         self._probed_s: dict[PeerId, float] = {}
@@ -154,9 +156,15 @@ class Measuring:
 
     def _ping(self, peer: PeerId, answer: asyncio.Future[Way | None] | None) -> Ping:
         nonce = _nonce()
-        self._pings[nonce] = _Sent(peer, self._clock.monotonic(), answer=answer)
+        now = self._clock.monotonic()
+        self._pings[nonce] = _Sent(peer, now, answer=answer)
         _bound(self._pings, MAX_PINGS)
+        self._unanswered_s.setdefault(peer, now)
         return Ping(nonce)
+
+    def unanswered_s(self, peer: PeerId, now: float) -> float:
+        """For how long until `now` pings to `peer` have gone without an answer."""
+        return now - self._unanswered_s.get(peer, now)
 
     async def measure(
         self,
@@ -271,6 +279,7 @@ class Measuring:
         if sent is None or sent.peer != peer:
             return
         del self._pings[nonce]
+        self._unanswered_s.pop(peer, None)
         now = self._clock.monotonic()
         meter = self._meter(peer)
         meter.rtt(now - sent.at_s, now)
@@ -332,6 +341,7 @@ class Measuring:
     def lost(self, peer: PeerId) -> None:
         """The last link to `peer` has ended: nobody who waits for it gets an answer."""
         self._casual.pop(peer, None)
+        self._unanswered_s.pop(peer, None)
         for waiting in (self._pings, self._asked, self._probes):
             for nonce in [nonce for nonce, sent in waiting.items() if sent.peer == peer]:
                 _resolve(waiting.pop(nonce).answer, None)

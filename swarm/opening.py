@@ -1,9 +1,10 @@
 """Opening a session along the best route that accepts it.
 
-All stages are asked at once. Where one refuses or cannot be reached, the next route is tried in the
-same breath: the first spare of the last choice that avoids every peer that said no, else a new
-choice without them. Spares were chosen within the request's limits and on the same view, so nothing
-is lost by taking them; one with unmeasured ways is passed over if there is a limit to keep.
+All stages are asked at once. Where one refuses, falls silent (`hexswarm.vigil`) or cannot be
+reached, the next route is tried in the same breath: the first spare of the last choice that avoids
+every peer that said no, else a new choice without them. Spares were chosen within the request's
+limits and on the same view, so nothing is lost by taking them; one with unmeasured ways is passed
+over if there is a limit to keep.
 
 Under a limit on the time per token each stage is asked to promise its part of it
 (`router.cost.budgets`), and says *slow* if it cannot, or *busy* if it could not keep what it has
@@ -31,6 +32,7 @@ from hexswarm.membership import Membership
 from hexswarm.planning import Plan, Planner
 from hexswarm.records import PeerId, Route, RouteRequest
 from hexswarm.runtime import OpenSession, SessionRuntime
+from hexswarm.vigil import Vigil
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +96,7 @@ class Opener:
         self._member = member
         self._runtime = runtime
         self._clock = clock
+        self.vigil = Vigil(planner, member, clock)
 
     async def open(
         self,
@@ -225,8 +228,7 @@ class Opener:
     async def _opened(self, session: OpenSession, connect_s: float) -> None:
         """Wait until the session is open; it is closed if it does not come to that."""
         try:
-            async with asyncio.timeout(connect_s):
-                await session.ready()
+            await self.vigil.wait(session, session.ready(), connect_s)
         except TimeoutError:
             silent = session.machine.silent
             if not silent:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from hexswarm.clock import Clock, RealClock
-from hexswarm.errors import HexswarmError, PeerLost
+from hexswarm.errors import HexswarmError, PeerLost, SessionClosed
 from hexswarm.instructions import (
     Broken,
     Connect,
@@ -176,6 +176,8 @@ class SessionRuntime:
         self._held: weakref.WeakValueDictionary[bytes, OpenSession] = weakref.WeakValueDictionary()
         """Also those that ended, while their caller has them: refusals may still come in."""
         self._dials: set[asyncio.Task[None]] = set()
+        self.closed = False
+        """No session is opened any more."""
         self.on_broken: Callable[[OpenSession], None] | None = None
         """A running turn stands still: see `Session.broken`. None: it fails."""
         self.on_draining: Callable[[OpenSession, PeerId, float], None] | None = None
@@ -200,7 +202,10 @@ class SessionRuntime:
 
         `budgets` are the seconds a step that each stage shall promise. Of the `prompt` of its first
         turn the stages may have the KV already: once it is open, `Session.cached` tells.
+        Raises SessionClosed once all were closed: whoever was still looking for a route stops.
         """
+        if self.closed:
+            raise SessionClosed("the client was closed", remedy="send the request again")
         machine = Session(
             *(os.urandom(16), route, digest, kv_tokens),
             client_loop=client_loop,
@@ -236,6 +241,7 @@ class SessionRuntime:
 
     def close_all(self) -> None:
         """This client goes: nobody will ask for what was said."""
+        self.closed = True
         for session in list(self._sessions.values()):
             self.close(session, keep=False)
 

@@ -44,6 +44,20 @@ class Ward:
     failures: Counter[PeerId] = field(default_factory=Counter)
     noted: set[PeerId] = field(default_factory=set)
     """Losses of this attempt that were seen to."""
+    beside: dict[PeerId, PeerId] = field(default_factory=dict)
+    """Of those lost who may only be cut off from a neighbour: that neighbour."""
+    cuts: Counter[PeerId] = field(default_factory=Counter)
+    """In how many ways that were lost each was an end."""
+
+    def cut(self, peer: PeerId, beside: PeerId) -> None:
+        """The way between a stage and its neighbour is lost, as far as is known."""
+        self.beside[peer] = beside
+        self.cuts.update((peer, beside))
+
+    def instead(self, gone: frozenset[PeerId]) -> frozenset[PeerId]:
+        """Who else may be replaced to do without the ways that were lost."""
+        return frozenset(self.beside.get(peer, peer) for peer in gone)
+
     stall: Stall | None = None
 
     @property

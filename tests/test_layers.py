@@ -25,6 +25,7 @@ CLIENT = {
     *("__init__", "ask", "blocking", "cli", "client", "demo", "picture", "runtime", "session"),
     *("axis", "caption", "map", "scene", "plan_door", "plan_facts", "plan_map"),
     *("conversation", "explained", "opening", "options", "planning", "trace", "tracing", "view"),
+    "vigil",
     *("blame", "instructions", "orders", "resume"),
     *("bans", "detector", "failover", "holes", "wards"),
 }

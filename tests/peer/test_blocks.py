@@ -127,7 +127,7 @@ def test_what_nobody_asks_for_goes_after_a_while() -> None:
 
 
 def test_a_session_that_goes_back_changes_nobodys_kv() -> None:
-    cache = BlockTables(8)
+    cache = BlockTables(10)
     for key in (A, B):
         said(cache, key, PROMPT)
     before = cache.blocks(A)
@@ -142,17 +142,41 @@ def test_a_session_that_goes_back_changes_nobodys_kv() -> None:
 
 
 def test_going_back_needs_room_only_where_others_read() -> None:
-    cache = BlockTables(4)
+    cache = BlockTables(6)
     said(cache, A, PROMPT)
     cache.lease(B, 48, 0.0, names(PROMPT))
+    cache.write(B, 32, 8, 0.0)
+    cache.lease(C, 32, 0.0)
     assert cache.free_blocks == 0
     with pytest.raises(KvFull):
         cache.write(B, 0, 40, 0.0)
-    assert cache.length(B) == 32, "nothing was changed"
+    assert cache.length(B) == 40, "nothing was changed"
     cache.release(A, 0.0)
     cache.write(B, 0, 40, 0.0)
     cache.computed(B, 40, 0.0)
+    cache.release(B, 0.0, names(PROMPT))
     assert cache.lease(A, 33, 0.0, names(PROMPT)).known == 32, "under their names, again"
+
+
+def test_until_it_begins_a_session_counts_as_if_it_shared_nothing() -> None:
+    cache = BlockTables(6)
+    said(cache, A, PROMPT)
+    cache.lease(B, 48, 0.0, names(PROMPT))
+    assert (cache.free_blocks, cache.free_tokens) == (2, 0)
+    with pytest.raises(KvFull):
+        cache.lease(C, 16, 0.0)
+    with pytest.raises(KvFull):
+        cache.borrow(1, 0.0)
+    with pytest.raises(KvFull):
+        cache.extend(A, 64, 0.0)
+    cache.write(B, 0, 40, 0.0)  # another stage of its route knew nothing
+    assert cache.free_blocks == 0
+    cache.computed(B, 40, 0.0)
+    cache.release(A, 0.0)
+    cache.lease(C, 48, 0.0, names(PROMPT))
+    assert cache.free_tokens == 0
+    cache.write(C, 32, 8, 0.0)
+    assert cache.free_tokens == 32, "what it shares is shared from now on"
 
 
 def test_what_is_found_is_no_longer_free_for_the_rest() -> None:
@@ -212,6 +236,8 @@ class Sharing(RuleBasedStateMachine):
         """What each session's steps were given."""
         self.sure: dict[bytes, int] = {}
         self.waiting: dict[bytes, list[tuple[int, int]]] = {}
+        self.resting: dict[bytes, list[int]] = {}
+        """The prompts of those that were let in and have not begun."""
 
     def erase(self, blocks: tuple[int, ...]) -> None:
         for block in blocks:
@@ -229,13 +255,21 @@ class Sharing(RuleBasedStateMachine):
         room=st.sampled_from([1, 30]),
         publish=st.sampled_from([True, True, False]),
         at_once=st.booleans(),
+        rests=st.booleans(),
     )
     def lease(
-        self, same: int, other: int, count: int, room: int, publish: bool, at_once: bool
+        self,
+        same: int,
+        other: int,
+        count: int,
+        room: int,
+        publish: bool,
+        at_once: bool,
+        rests: bool,
     ) -> None:
         key = next(key for key in (A, B, C) if key not in self.ids)
         ids = [*range(same), *([200 + other] * count)][:count]
-        free = self.cache.free_blocks
+        free = self.cache.free_tokens // 16
         try:
             lease = self.cache.lease(key, count + room, self.now, names(ids), publish=publish)
         except KvFull:
@@ -246,15 +280,24 @@ class Sharing(RuleBasedStateMachine):
         assert lease.known < count + room
         self.ids[key], self.sure[key] = ids[: lease.known], lease.known
         self.waiting[key] = []
-        self.first_step(key, ids, lease.known)
-        if at_once:
-            self.compute(key, count)
+        self.resting[key] = ids
+        if not rests:
+            self.first_step(key, agreed=lease.known // 16 - (len(ids) % 16 == 0))
+            if at_once:
+                self.compute(key, count)
 
-    def first_step(self, key: bytes, ids: list[int], known: int) -> None:
-        """The prompt begins where all stages agree, at a block."""
-        agreed = known - 16 if known and len(ids) % 16 == 0 else known
-        if len(ids) > agreed:
-            self.step(key, agreed, ids[agreed:])
+    def first_step(self, key: bytes, agreed: int) -> None:
+        """The prompt begins where all stages agree, at a block; there is room for that."""
+        ids, position = self.resting.pop(key), 16 * max(0, agreed)
+        if len(ids) > position:
+            self.cache.write(key, position, len(ids) - position, self.now)
+            self.written(key, position, ids[position:])
+
+    @precondition(lambda self: self.resting)
+    @rule(index=st.integers(0, 2), less=st.integers(0, 3))
+    def begin_later(self, index: int, less: int) -> None:
+        key = sorted(self.resting)[index % len(self.resting)]
+        self.first_step(key, self.cache.lease_of(key).known // 16 - less)
 
     def step(self, key: bytes, position: int, ids: list[int]) -> None:
         before, table = self.cache.length(key), self.cache.blocks(key)
@@ -262,19 +305,22 @@ class Sharing(RuleBasedStateMachine):
             self.cache.write(key, position, len(ids), self.now)
         except KvFull:
             shared = [b for b in table if sum(b in self.cache.blocks(k) for k in self.ids) > 1]
-            assert len(shared) > self.cache.free_blocks
+            assert len(shared) > self.cache.free_tokens // 16
         except SharedBlock:
             assert position % 16
             assert sum(table[position // 16] in self.cache.blocks(k) for k in self.ids) > 1
         except BeyondLease:
             assert position + len(ids) > self.cache.lease_of(key).tokens
         else:
-            self.ids[key][position:] = ids
-            self.sure[key] = min(self.sure[key], position)
-            self.waiting[key] = [step for step in self.waiting[key] if sum(step) <= position]
-            self.waiting[key].append((position, len(ids)))
+            self.written(key, position, ids)
             return
         assert (self.cache.length(key), self.cache.blocks(key)) == (before, table)
+
+    def written(self, key: bytes, position: int, ids: list[int]) -> None:
+        self.ids[key][position:] = ids
+        self.sure[key] = min(self.sure[key], position)
+        self.waiting[key] = [step for step in self.waiting[key] if sum(step) <= position]
+        self.waiting[key].append((position, len(ids)))
 
     def any_key(self, index: int) -> bytes:
         return sorted(self.ids)[index % len(self.ids)]
@@ -289,7 +335,7 @@ class Sharing(RuleBasedStateMachine):
     def go_on(self, index: int, back: int, count: int, at_once: bool) -> None:
         """A decode step, a prompt of a later turn, or one that goes back."""
         key = self.any_key(index)
-        if not self.waiting[key]:
+        if not self.waiting[key] and key not in self.resting:
             position = max(0, self.cache.length(key) - back)
             self.step(key, position, [300 + back] * count)
             if at_once:
@@ -329,6 +375,7 @@ class Sharing(RuleBasedStateMachine):
         key = self.any_key(index)
         ids = self.ids.pop(key)[: self.sure.pop(key)]
         del self.waiting[key]
+        self.resting.pop(key, None)
         self.cache.release(key, self.now, names(ids) if told else ())
 
     @rule(seconds=st.floats(0.0, 30.0))
@@ -343,7 +390,7 @@ class Sharing(RuleBasedStateMachine):
         try:
             blocks = self.cache.borrow(count, self.now)
         except KvFull:
-            assert count > self.cache.free_blocks
+            assert count > self.cache.free_tokens // 16
             return
         self.erase(blocks)
         self.cache.give_back(blocks, self.now)

@@ -13,6 +13,7 @@ from hexswarm.client import AsyncClient
 from hexswarm.conversation import Answer
 from hexswarm.errors import (
     ContextTooLong,
+    HexswarmError,
     NetworkError,
     NoRoute,
     PeerLost,
@@ -142,16 +143,22 @@ async def test_a_conversation_goes_on_after_a_cancelled_turn() -> None:
         assert done.reused_tokens == len(PROMPT) - 1
 
 
-@scenario
-async def test_the_client_may_close_while_requests_run() -> None:
-    async with client(*THREE) as (w, c):
-        request = asyncio.create_task(c.generate(PROMPT, max_new_tokens=100))
-        await asyncio.sleep(0.2)
-        await c.close()
-        with pytest.raises(SessionClosed):
-            await request
-        await w.settle()
-        assert w.clean
+@pytest.mark.parametrize("seconds", [0.0, 0.005, 0.02, 0.045, 0.2])
+def test_the_client_may_close_while_requests_run(seconds: float) -> None:
+    """Or while they look for a route, or open it: nothing of them goes on."""
+
+    async def act() -> None:
+        async with client(*THREE) as (w, c):
+            request = asyncio.create_task(c.generate(PROMPT, max_new_tokens=100))
+            await asyncio.sleep(seconds)
+            await c.close()
+            with pytest.raises(HexswarmError):
+                await request
+            await w.settle()
+            assert w.clean
+            assert not c._mender._wards
+
+    virtual.run(act())
 
 
 # --- other routes ---------------------------------------------------------------------------------

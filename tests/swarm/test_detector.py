@@ -76,7 +76,8 @@ class Client:
         made = self.detector.beat(self.now, self.known, self.pulse, owed=owed)
         if made == [Ask()]:
             self.asked += 1
-            return self.detector.progress(self.now, self.told(), self.known)
+            told = {p: item for p, item in self.told().items() if p not in self.frozen}
+            return self.detector.progress(self.now, told, self.known)
         return made
 
     def run(self, seconds: float, every: int = 1, tokens: int = 0) -> list[Decision]:
@@ -292,8 +293,9 @@ def test_a_ring_that_stands_still_is_asked_and_the_fault_is_read_along_it(
     (made,) = client.run(10.0)
     assert isinstance(made, Suspect)
     assert made.peer == blamed
-    assert client.asked == 3
-    assert client.now - began_s < 5.0
+    lost = made.beside is not None
+    assert client.asked == (3 if lost else 5)
+    assert client.now - began_s < (3.0 if lost else 5.0), "a frame is lost, or somebody is slow"
     assert culprit(STAGES, told, 160) == made
 
 
@@ -314,17 +316,28 @@ def test_a_ring_that_moves_is_slow_and_not_stuck() -> None:
 
 def test_the_first_token_may_take_four_times_what_was_predicted() -> None:
     client = Client(ttft_s=10.0)
-    assert client.run(39.0) == []
+    client.told = lambda: {A: far(100, 50), B: far(50, 50), C: far(50, 50)}
+    assert client.run(9.0) == []
     assert client.asked == 0
-    client.run(2.0)
+    assert client.run(50.0) == [], "40 s, and the time of three questions"
     assert client.asked > 0
+    (made,) = client.run(10.0)
+    assert isinstance(made, Suspect)
+    assert made.peer == A
 
 
 def test_a_slow_ring_has_a_late_deadline() -> None:
     client = Client(tpot_s=1.0)
     assert client.run(20.0, every=10, tokens=1) == []
-    assert client.run(9.0) == []
-    assert client.asked == 0
+    known = client.known
+    client.told = lambda: {
+        A: far(known, known), B: far(known, known - 1), C: far(known - 1, known - 1)
+    }  # fmt: skip
+    assert client.run(12.0) == [], "ten steps, and the time of three questions"
+    assert client.asked > 0
+    (made,) = client.run(5.0)
+    assert isinstance(made, Suspect)
+    assert made.peer == B
 
 
 def test_a_caller_who_does_not_choose_is_no_silence_of_the_stages() -> None:
@@ -339,10 +352,14 @@ def test_a_replacement_gets_the_time_of_its_replay() -> None:
     client.detector.replaced(
         client.now, client.known, replay_s=3.0, tpot_s=0.05, expected_s=dict.fromkeys(STAGES, 0.02)
     )
-    assert client.run(11.0) == []
+    assert client.run(2.5) == []
     assert client.asked == 0
-    client.run(2.0)
+    client.told = lambda: {A: far(160, 160), B: far(160, 50), C: far(50, 50)}
+    assert client.run(14.0) == []
     assert client.asked > 0
+    (made,) = client.run(10.0)
+    assert isinstance(made, Suspect)
+    assert made.peer == B
 
 
 @pytest.mark.parametrize("ttft_s", [0.5, 3.0, 60.0])

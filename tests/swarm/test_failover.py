@@ -352,6 +352,34 @@ async def test_stages_that_cannot_reach_each_other() -> None:
         w.network.heal(*pairs[0])
 
 
+@scenario
+async def test_where_only_one_end_of_a_lost_way_can_be_replaced_it_is_that_one() -> None:
+    """The head does not get what the tail sends, and nobody else serves its layers."""
+    async with client((0, 2), (2, 4), (4, 6), (4, 6)) as (w, c):
+        it = await struck(w, c, (10, lambda w, route: w.network.freeze(*at(route, (0, 2)))))
+        assert it.kept == [True, True, False]
+        assert it.gap_s < 4.0
+        w.network.heal(PeerId(it.before[0]), PeerId(it.before[2]))
+
+
+@scenario
+async def test_who_is_an_end_of_every_lost_way_is_replaced() -> None:
+    """Its neighbour was replaced first, in vain: the ways of both end at the same peer."""
+    spans = ((0, 2), (2, 4), (4, 6), (2, 4), (2, 4), (0, 2))
+    async with client(*spans) as (w, c):
+
+        def alone(w: World, route: Route) -> None:
+            (head,) = at(route, (0,))
+            for peer in ("p1", "p3", "p4"):
+                w.network.freeze(head, PeerId(peer))
+
+        it = await struck(w, c, (10, alone))
+        assert (it.before[0], it.after[0]) == ("p0", "p5")
+        assert it.gap_s < 8.0
+        for peer in ("p1", "p3", "p4"):
+            w.network.heal(PeerId("p0"), PeerId(peer))
+
+
 # --- afterwards ---------------------------------------------------------------------------------
 
 
