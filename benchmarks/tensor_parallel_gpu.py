@@ -118,7 +118,7 @@ def work(rank: int, ranks: int, port: int, given: argparse.Namespace) -> None:
     report["parity"] = {"library": parity(rank, ranks, sums, device)}
     if on_gpu and sums.link(SMALL.hidden, torch.float32, torch.device(device)):
         report["parity"]["linked"] = parity(rank, ranks, sums, device)
-        sums.linked = None
+        sums.linked = sums.totals = None
     shape = SHAPES[given.shape]
     layers = given.layers or shape.layers
     config, span = shape.config(layers), Span(1, 1 + layers)
@@ -134,7 +134,7 @@ def work(rank: int, ranks: int, port: int, given: argparse.Namespace) -> None:
     shard, pool = build(cut.parts[rank])
     linked_pool = None  # a pool has its own graphs
     if on_gpu and sums.link(shape.hidden, dtype, torch.device(device)):
-        linked, sums.linked = sums.linked, None
+        linked, sums.linked, sums.totals = sums.linked, None, None
         linked_pool = shard.make_pool(blocks, BLOCK)
     whole = build(None) if rank == 0 else None
     report["rows"] = {}

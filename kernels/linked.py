@@ -1,4 +1,4 @@
-"""The sum over the GPUs of one machine in one launch, through memory that each can read (Triton).
+"""Sums over the GPUs of one machine in one launch, through memory that each can read (Triton).
 
 Each rank's product writes its term into memory of its own GPU that the others have mapped; then one
 kernel waits until all have done so, reads the terms over the links in the order of ranks, adds them
@@ -18,6 +18,11 @@ second launch adds.
 
 No rank waits for ever: who has polled `MOST` times without an answer writes 1 where the host looks
 (`lost`), and what it computes from there on is worth nothing.
+
+`Totals` are the sums and copies of any size beside those of decode steps: prompts, logits, what one
+rank hands to all. They go through two pieces of memory in float32, piece by piece. Between two
+GPUs that costs what NCCL costs, and it ends by itself when a rank is gone, which NCCL does not: its
+communicators wait for the dead even while they are aborted.
 
 Rejected: NVLink multicast (needs rights that machines shared with others do not give), pushing
 terms to all others instead of reading them (the same bytes, and buffers for each rank).
@@ -81,12 +86,19 @@ def _add_terms(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     MEET: tl.constexpr,
+    SOURCE: tl.constexpr,
 ):
+    """x += all terms; or x = that of the rank SOURCE, if it is none of -1."""
     program = tl.program_id(0)
     if MEET:
         _meet(flags_ptr, lost_ptr, place + program * SIZE, most, RANK, SIZE)
     at = program * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
+    if SOURCE >= 0:
+        terms = tl.load(terms_ptr + SOURCE).to(tl.pointer_type(x_ptr.dtype.element_ty))
+        term = tl.load(terms + start + at, mask=inside, other=0, cache_modifier=".cg")
+        tl.store(x_ptr + at, term, mask=inside)
+        return
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for rank in tl.static_range(SIZE):
         terms = tl.load(terms_ptr + rank).to(tl.pointer_type(x_ptr.dtype.element_ty))
@@ -114,7 +126,8 @@ class Linked:
             torch.tensor([one.data_ptr() for one in some], dtype=torch.int64, device=own.device)
             for some in (terms, flags)
         ]
-        self.most = MOST
+        self.most = self.usual = MOST
+        """Polls, now and when nothing is compiled any more."""
         self.owner: object = None
         """Whoever must live as long as the memory is used."""
 
@@ -132,20 +145,63 @@ class Linked:
 
         All ranks call it for the same rows, turn by turn.
         """
+        return self._launch(x, turn, source=-1)
+
+    def take_(self, x: Tensor, turn: int, source: int) -> Tensor:
+        """x = what the rank `source` has laid in its place, bits as they are; all ranks call it."""
+        return self._launch(x, turn, source)
+
+    def _launch(self, x: Tensor, turn: int, source: int) -> Tensor:
         own, size = self._terms[self._rank], len(self._terms)
-        rows, width = x.shape
-        programs = triton.cdiv(rows * width, _BLOCK)
+        programs = triton.cdiv(x.numel(), _BLOCK)
         place = turn * ALONE * size
         if programs > ALONE:
             given = (*self._tables[1:], self._lost, place, self.most)
             _wait[(1,)](*given, RANK=self._rank, SIZE=size, num_warps=1)
         _add_terms[(programs,)](
             *(x, *self._tables, self._lost, place),
-            *(turn * own.shape[1] * width, rows * width, self.most),
+            *(turn * own[0].nbytes // x.itemsize, x.numel(), self.most),
             RANK=self._rank,
             SIZE=size,
             BLOCK=_BLOCK,
             MEET=programs <= ALONE,
+            SOURCE=source,
             num_warps=4,
         )
         return x
+
+
+class Totals:
+    """Sums and copies of any size over linked memory of `[TURNS, 1, words]` in float32."""
+
+    def __init__(self, linked: Linked, words: int) -> None:
+        self.linked = linked
+        self._words = words
+        self._turn = 0
+
+    def total(self, x: Tensor) -> Tensor:
+        """The ranks' `x`, widened to float32, added in the order of ranks; of any shape."""
+        out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        terms, sums = x.reshape(-1), out.view(-1)
+        for first in range(0, len(sums), self._words):
+            piece = slice(first, first + self._words)
+            turn, place = self._place()
+            place[: len(terms[piece])].copy_(terms[piece])
+            self.linked.add_(sums[piece], turn)
+        return out
+
+    def share(self, x: Tensor, source: int = 0) -> Tensor:
+        """The bits of `x` of the rank `source` in everybody's contiguous `x`."""
+        kind = torch.int32 if x.nbytes % 4 == 0 else torch.uint8
+        bits = x.view(-1).view(torch.uint8).view(kind)
+        words = self._words * 4 // kind.itemsize
+        for first in range(0, len(bits), words):
+            piece = bits[first : first + words]
+            turn, place = self._place()
+            place.view(kind)[: len(piece)].copy_(piece)
+            self.linked.take_(piece, turn, source)
+        return x
+
+    def _place(self) -> tuple[int, Tensor]:
+        self._turn = 1 - self._turn
+        return self._turn, self.linked.place(self._turn, 1)[0]

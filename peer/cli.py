@@ -45,9 +45,10 @@ def _say(peer: Peer) -> None:
     served = peer.served
     speed = served.measured.speed
     per_token_s = speed.decode_layer_s * len(served.span) + speed.head_s
+    where = filter(None, [f"{served.numerics} on {served.device}", served.host.title])
     print(
         f"serving layers {served.span} of {served.folder.spec.name} as {peer.peer} "
-        f"({', '.join(filter(None, [f'{served.dtype} on {served.device}', served.host.title]))}, "
+        f"({', '.join(where)}, "
         f"{1 / max(per_token_s, 1e-9):.0f} steps/s, "
         f"KV for {peer.config.kv_tokens} tokens)",
         flush=True,

@@ -53,6 +53,8 @@ class Plan:
     meeting: str = ""
     """File by which ranks with process groups find each other."""
     generation: int = 0
+    links: int = 0
+    """So often has rank 0 linked its GPU's memory before (`hexswarm.peer.rendezvous`)."""
     """How many groups rank 0 has led before."""
     term: int = TERM
     timeout_s: float = TIMEOUT_S

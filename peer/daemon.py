@@ -207,7 +207,7 @@ class Peer:
         life.hosting = groups
         self._grouping = asyncio.create_task(groups.run_for_ever())
         self._grouping.add_done_callback(lambda _: self._stop.set())
-        if self.config.group != AUTO:
+        if not groups.formation.single(groups.own()):
             self._on_waiting(self)
 
     async def _leave_group(self) -> None:

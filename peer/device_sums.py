@@ -7,8 +7,8 @@ Nothing here waits on the host, so a CUDA graph can hold the sums: capture once 
 the layers as they are (`hexswarm.kernels.gpu` does), since NCCL connects at its first sum.
 
 Start NCCL with NCCL_NVLS_ENABLE=0: multicast over NVLink needs rights that containers often lack.
-Where the GPUs can read each other's memory (`link`), decode steps add up through that instead, in
-one launch (`hexswarm.kernels.linked`); NCCL keeps the rest, prompts and logits.
+Where the GPUs can read each other's memory (`link`), all goes through that instead
+(`hexswarm.kernels.linked`), sums of decode steps in one launch, and NCCL has nothing to do.
 
 Process groups of gloo do too, for tests; between processes on CPUs `hexswarm.peer.shared_sums` is
 faster.
@@ -20,15 +20,19 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
+
+from hexswarm.peer import rendezvous
 
 if TYPE_CHECKING:
-    from hexswarm.kernels.linked import Linked
+    from hexswarm.kernels.linked import Linked, Totals
 
 log = logging.getLogger(__name__)
 
 LINKED_ROWS = 64
 """Most rows of a decode step whose terms have room in linked memory."""
+PIECE_WORDS = 1 << 20
+"""Numbers of a piece of a larger sum: 4 MB, two of them."""
 
 
 class DeviceSums:
@@ -39,22 +43,32 @@ class DeviceSums:
         self._group, self.capturable = group, capturable
         self.linked: Linked | None = None
         """For decode steps, after `link`."""
+        self.totals: Totals | None = None
+        """For all else, after `link`."""
 
     def link(self, width: int, dtype: torch.dtype, device: torch.device) -> bool:
         """Link the ranks' memory, for terms of `width` columns; all ranks call it, first of all.
 
         False where GPUs cannot read each other's memory: sums go through NCCL then.
         """
+        linked, totals = None, None
         try:
-            self.linked = _link(self._group, LINKED_ROWS, width, dtype, device)
+            from hexswarm.kernels.linked import Totals
+
+            linked = _link(self._group, LINKED_ROWS, width, dtype, device)
+            pieces = _link(self._group, 1, PIECE_WORDS, torch.float32, device)
+            totals = Totals(pieces, PIECE_WORDS)
         except (RuntimeError, ImportError) as error:
             log.info("the GPUs' memory cannot be linked: %s", error)
-        agreed = torch.tensor([self.linked is not None], dtype=torch.float32, device=device)
-        if int(self.total(agreed).item()) < self._group.size():
-            self.linked = None
+        where = "cpu" if distributed.get_backend(self._group) == "gloo" else device
+        agreed = torch.tensor([totals is not None], dtype=torch.float32, device=where)
+        if int(self.total(agreed).item()) == self._group.size():
+            self.linked, self.totals = linked, totals
         return self.linked is not None
 
     def total(self, x: Tensor) -> Tensor:
+        if self.totals is not None:
+            return self.totals.total(x)
         out = x.float()
         self._group.allreduce([out]).wait()
         return out
@@ -78,7 +92,7 @@ def _link(group: Any, rows: int, width: int, dtype: torch.dtype, device: torch.d
     own = symmetric.empty(flag_bytes + terms * dtype.itemsize, dtype=torch.uint8, device=device)
     own.zero_()
     torch.cuda.synchronize(device)
-    handle = symmetric.rendezvous(own, group.group_name)
+    handle = rendezvous.link(own, group)
     shape, skip = (TURNS, rows, width), flag_bytes // dtype.itemsize
     lost = torch.zeros(1, dtype=torch.int32, pin_memory=True)
     linked = Linked(

@@ -20,6 +20,7 @@ from hexswarm.kernels.dispatch import choose
 from hexswarm.kernels.quantise import rounded_bytes
 from hexswarm.peer.division import Load, Places, Spans
 from hexswarm.peer.models.architecture import read_architecture
+from hexswarm.peer.packing import groups_of, roundable
 from hexswarm.peer.shard import BITS
 from hexswarm.records import DTYPES, Span
 from hexswarm.store import ModelFolder
@@ -38,17 +39,17 @@ def kept_bits(config: PeerConfig, folder: ModelFolder, device: str, dtype: str) 
 def held_bytes(folder: ModelFolder, span: Span, dtype: str, bits: int = 16) -> int:
     """Bytes of the weights of `span`, matrices of layers in `bits` if those are below 16."""
     return sum(
-        _tensor_bytes(name, shape, dtype, bits)
+        _tensor_bytes(folder, name, shape, dtype, bits)
         for name, shape in span_shapes(folder.config, span).items()
     )
 
 
-def _tensor_bytes(name: str, shape: tuple[int, ...], dtype: str, bits: int) -> int:
-    """The router of a mixture of experts is never rounded."""
-    matrix = len(shape) == 2 and name.startswith("model.layers.")
-    if bits < 16 and matrix and not name.endswith(".gate.weight"):
+def _tensor_bytes(
+    folder: ModelFolder, name: str, shape: tuple[int, ...], dtype: str, bits: int
+) -> int:
+    if bits < 16 and roundable(name, shape):
         rows, columns = shape
-        return rounded_bytes(rows, columns, bits)
+        return rounded_bytes(rows, columns, bits, groups_of(folder))
     return math.prod(shape) * DTYPES[dtype]
 
 
@@ -57,7 +58,7 @@ def _layers_bytes(folder: ModelFolder, dtype: str, bits: int) -> list[int]:
     totals = [0]
     for layer in range(folder.spec.layers):
         shapes = layer_shapes(folder.config, layer)
-        own = sum(_tensor_bytes(name, shape, dtype, bits) for name, shape in shapes.items())
+        own = sum(_tensor_bytes(folder, *one, dtype, bits) for one in shapes.items())
         totals.append(totals[-1] + own)
     return totals
 
@@ -82,7 +83,7 @@ def longest_runs(
     def needed(first: int, end: int) -> int:
         # The ends depend on the span as a whole: tied, they are one tensor.
         ends = end_shapes(folder.config, Span(first, end)).items()
-        ends_bytes = sum(_tensor_bytes(name, shape, dtype, bits) for name, shape in ends)
+        ends_bytes = sum(_tensor_bytes(folder, *one, dtype, bits) for one in ends)
         return held[end] - held[first] + ends_bytes + kv_layer * (end - first)
 
     found = []

@@ -147,7 +147,7 @@ class Machine:
         held = held_bytes(folder, span, dtype, kept_bits(self._config, folder, device, dtype))
         kind, layers = getattr(torch, dtype), folder.spec.layers
         with stream_span(
-            folder, span, dtype=kind, device=device, progress=progress, held=held
+            folder, span, dtype=kind, device=device, progress=progress, quant=quant, held=held
         ) as tensors:
             shard = Shard(a, span, layers, tensors, dtype, device, quant=quant)
         return Alone(shard)

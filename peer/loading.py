@@ -14,7 +14,9 @@ import torch
 from hexswarm.config import PeerConfig
 from hexswarm.errors import OutOfMemory, UsageError
 from hexswarm.peer.cache import BLOCK_TOKENS
+from hexswarm.peer.fitting import held_bytes
 from hexswarm.peer.hosting import Host, Hosting
+from hexswarm.peer.packing import kept_of
 from hexswarm.peer.probe import Measured, cached, measure, try_threads
 from hexswarm.peer.runner import Runner
 from hexswarm.peer.threads import fewest_threads
@@ -105,6 +107,8 @@ def _prepare(
     host: Host,
 ) -> Served:
     shard = host.shard
+    if said := tell_packed(folder, span, dtype, config.quant, shard.backend, cut=bool(host.title)):
+        progress.note(said)
     blocks = -(-config.kv_tokens // BLOCK_TOKENS)
     try:
         pool = shard.make_pool(blocks)
@@ -137,3 +141,27 @@ def _prepare(
         lambda: measure(runner.run, *shape),
     )
     return Served(folder, span, runner, blocks, dtype, device, measured, host, config.quant)
+
+
+def tell_packed(
+    folder: ModelFolder, span: Span, dtype: str, quant: str, backend: str, *, cut: bool = False
+) -> str:
+    """What becomes of a file's 4 bits, or could; nothing if it has none or they do not matter.
+
+    Only Triton keeps few bits, so elsewhere they are no saving to speak of. `cut`: by a group.
+    """
+    held, matrices = kept_of(folder, span)
+    if not held:
+        return ""
+    stored = f"{held} of the {matrices} matrices of layers {span}"
+    if quant == "int4":
+        how = "are kept" if backend == "triton" else "have their numbers"
+        where = ", where the cut leaves blocks whole" if cut else ""
+        return f"{stored} {how} as the file has them, in 4 bits (Q4_0){where}"
+    if quant != "none" or backend != "triton":
+        return ""
+    wide, few = (held_bytes(folder, span, dtype, bits) / 1e9 for bits in (16, 4))
+    return (
+        f"{stored} have 4 bits in the file and are widened: {wide:.1f} GB instead of the "
+        f"{few:.1f} GB of --quant int4, for requests that ask for {dtype}+int4"
+    )

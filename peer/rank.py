@@ -40,7 +40,8 @@ def load(plan: Plan, part: Part, sums: SharedSums | DeviceGroup) -> Shard:
     folder = resolve(plan.model, home=Path(plan.home))
     if folder.spec.digest != plan.digest:
         raise CorruptWeights(f"{plan.model} is not the model that rank 0 has")
-    tensors = load_span(folder, plan.span, dtype=getattr(torch, plan.dtype), part=part)
+    dtype = getattr(torch, plan.dtype)
+    tensors = load_span(folder, plan.span, dtype=dtype, part=part, quant=plan.quant)
     return build(folder, tensors, plan, part, sums)
 
 

@@ -35,6 +35,8 @@ from typing import Any
 import torch
 
 from hexswarm.errors import HexswarmError, MemberLost, OutOfMemory
+from hexswarm.kernels.quantise import Quantised
+from hexswarm.peer import rendezvous
 from hexswarm.peer.commands import Plan, pack_plan, receive, send
 from hexswarm.peer.cuts import Cut, Part
 from hexswarm.peer.device_group import DeviceGroup
@@ -107,6 +109,7 @@ class Ranks:
             even=even(cut),
             meeting=str(Path(self._meeting.name) / "group"),
             generation=next(_generations),
+            links=rendezvous.links(),
             timeout_s=timeout_s,
         )
         self.children: dict[int, subprocess.Popen[bytes]] = {}
@@ -158,6 +161,8 @@ class Ranks:
         """All is loaded, compiled and measured: from now on silence of a rank is a loss."""
         if self._pulse is not None:
             self._pulse.guard()
+        if isinstance(self.sums, DeviceGroup):
+            self.sums.guard()
 
     def tell(self, command: Sequence[Any]) -> None:
         """Give all children a command."""
@@ -229,7 +234,9 @@ class Ranks:
     def _load(self, folder: ModelFolder, progress: Progress | None) -> Shard:
         plan, part = self._plan, self.cut.parts[0]
         dtype = getattr(torch, plan.dtype)
-        tensors = load_span(folder, plan.span, dtype=dtype, part=part, progress=progress)
+        tensors = load_span(
+            folder, plan.span, dtype=dtype, part=part, progress=progress, quant=plan.quant
+        )
         shard = build(folder, tensors, plan, part, self.sums)
         self.held_bytes[0] = shard.weight_bytes
         return shard
@@ -260,7 +267,11 @@ class Ranks:
 
 
 def build(
-    folder: ModelFolder, tensors: dict[str, torch.Tensor], plan: Plan, part: Part, sums: Any
+    folder: ModelFolder,
+    tensors: dict[str, torch.Tensor | Quantised],
+    plan: Plan,
+    part: Part,
+    sums: Any,
 ) -> Shard:
     """The shard of `part`, on its device, alike at all ranks."""
     a = read_architecture(folder.config)

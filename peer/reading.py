@@ -4,13 +4,14 @@ Bytes go straight into the memory that `room` gives: new memory, or pinned memor
 on their way to a GPU share (`Bounce`), one after another. Rows lie together in a file, so they are
 one read. Of columns each row's run is read by itself if it is long; short ones are cut out of whole
 rows, a few megabytes at a time, since a disk hands over pages anyway. GGUF packs weights in blocks
-along a row: rows are read as they are, columns cut out of the whole tensor once it is widened.
+along a row: rows are read as they are, columns cut out of the whole tensor once it is widened, or
+repacked (`hexswarm.peer.packing`): then the bytes of whole rows are given, as the file has them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from io import FileIO
 from pathlib import Path
 
@@ -61,10 +62,10 @@ class Bounce:
         return self._held[:size].view(dtype).view(shape)
 
 
-def reader(folder: ModelFolder, name: str, room: Room = fresh) -> Read:
-    """A function that reads one tensor of the file `name`, into `room`."""
+def reader(folder: ModelFolder, name: str, room: Room = fresh, packed: Container[str] = ()) -> Read:
+    """A function that reads one tensor of the file `name`, into `room`; of `packed` ones bytes."""
     if folder.gguf is not None:
-        return _gguf_reader(folder.gguf)
+        return _gguf_reader(folder.gguf, packed)
     path = folder.file(name)
     header = check_safetensors(path)
 
@@ -131,13 +132,15 @@ def _fill(file: FileIO, start: int, tensor: torch.Tensor, name: str) -> None:
         buffer = buffer[count:]
 
 
-def _gguf_reader(path: Path) -> Read:
+def _gguf_reader(path: Path, packed: Container[str]) -> Read:
     header = read_gguf(path)
     named = header.hf_tensors()
 
     def read(tensor: str, wanted: Slice) -> torch.Tensor:
         if named[tensor].shape != wanted.whole:
             raise _misshapen(path, tensor, named[tensor].shape, wanted.whole)
+        if tensor in packed:
+            return torch.from_numpy(header.blocks(named[tensor], wanted.rows))
         rows = torch.from_numpy(header.array(named[tensor], wanted.rows))
         if wanted.columns is None:
             return rows

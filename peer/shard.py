@@ -26,7 +26,8 @@ KV heads have equally many queries. Few-bit weights are rounded slice by slice: 
 the whole matrix, but not the same numbers.
 
 `quant` rounds the layers' matrices to few bits as they are loaded. Triton keeps them so; elsewhere
-they are widened again, which saves no memory, but computes with the same weights.
+they are widened again, which saves no memory, but computes with the same weights. Matrices that the
+file has in 4 bits already come so (`hexswarm.peer.packing`), and are not rounded again.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ class Shard:
         architecture: Architecture,
         span: Span,
         total_layers: int,
-        tensors: MutableMapping[str, Tensor],
+        tensors: MutableMapping[str, Tensor] | MutableMapping[str, Tensor | Quantised],
         dtype: str | torch.dtype = "float32",
         device: str | torch.device = "cpu",
         *,

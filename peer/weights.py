@@ -12,7 +12,8 @@ tensor. Files are read, not mapped, since a mapped file that somebody truncates 
 The names and shapes come from the config, not from the file: a file that lacks one, has another
 shape, or has a tensor which our model code would ignore is refused.
 
-A member of a tensor-parallel group reads its own slices (`hexswarm.peer.slices`).
+A member of a tensor-parallel group reads its own slices (`hexswarm.peer.slices`). Matrices that a
+file has in the 4 bits that are wanted are not widened on the way (`hexswarm.peer.packing`).
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from hexswarm.architecture import span_shapes
 from hexswarm.errors import OutOfMemory, UnsupportedModel
+from hexswarm.kernels.quantise import Quantised
 from hexswarm.manifest import HashCache
 from hexswarm.peer.cuts import Part
 from hexswarm.peer.memory import free_bytes
+from hexswarm.peer.packing import in_few_bits, kept, roundable
 from hexswarm.peer.reading import Bounce, Read, fresh, reader
 from hexswarm.peer.slices import Slice, part_slices
 from hexswarm.progress import Advance, Progress, Quiet
@@ -54,14 +58,16 @@ def load_span(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
     part: Part | None = None,
-) -> dict[str, torch.Tensor]:
+    quant: str = "none",
+) -> dict[str, Tensor | Quantised]:
     """The tensors of `span` by their Hugging Face names, or of each what `part` has of it.
 
     The tail of a model with tied embeddings gets `model.embed_tokens.weight`, as the checkpoint
-    names it. Raises UsageError, OutOfMemory or a ModelError.
+    names it. `quant`: how matrices of layers will be rounded; a file that has them so gives them
+    so. Raises UsageError, OutOfMemory or a ModelError.
     """
     with stream_span(
-        folder, span, dtype=dtype, device=device, progress=progress, part=part
+        folder, span, dtype=dtype, device=device, progress=progress, part=part, quant=quant
     ) as tensors:
         return {name: tensors.pop(name) for name in list(tensors)}
 
@@ -75,6 +81,7 @@ def stream_span(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
     part: Part | None = None,
+    quant: str = "none",
     held: int | None = None,
 ) -> Iterator[SpanTensors]:
     """The same, each tensor read when it is taken, as long as the context lasts.
@@ -95,7 +102,8 @@ def stream_span(
     wanted = {t: name for name in sorted(files) for t in files[name] if t in slices}
     try:
         with progress.bar(f"loading layers {span}", whole) as advance:
-            yield SpanTensors(folder, wanted, slices, dtype, device, advance)
+            packing = quant == "int4" and bool(folder.packed)
+            yield SpanTensors(folder, wanted, slices, dtype, device, advance, packing)
         for name in sorted(files):
             cache.require(folder.file(name), folder.files[name], progress)
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -106,7 +114,7 @@ def stream_span(
         raise _out_of_memory(span, needed, device, "the device is full") from error
 
 
-class SpanTensors(MutableMapping[str, torch.Tensor]):
+class SpanTensors(MutableMapping[str, Tensor | Quantised]):
     """The tensors of a span by name; each is read anew whenever it is asked for."""
 
     def __init__(
@@ -117,26 +125,35 @@ class SpanTensors(MutableMapping[str, torch.Tensor]):
         dtype: torch.dtype,
         device: torch.device,
         advance: Advance,
+        packing: bool = False,
     ) -> None:
-        """`files` says in which file each tensor is."""
+        """`files` says in which file each tensor is; `packing`: matrices are wanted in int4."""
         self._folder, self._files, self._slices = folder, files, slices
         self._dtype, self._device, self._advance = dtype, device, advance
         self._readers: dict[str, Read] = {}
-        self._given: dict[str, torch.Tensor] = {}
+        self._given: dict[str, Tensor | Quantised] = {}
+        self._packing = packing
+        names = slices if packing else ()
+        self._packed = {name for name in names if kept(folder, name, slices[name])}
         self._room = Bounce().room if device.type == "cuda" else fresh
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def __getitem__(self, name: str) -> Tensor | Quantised:
         if name in self._given:
             return self._given[name]
-        file = self._files[name]
+        file, wanted = self._files[name], self._slices[name]
         if file not in self._readers:
-            self._readers[file] = reader(self._folder, file, self._room)
-        value = self._readers[file](name, self._slices[name])
-        value = value.to(device=self._device, dtype=self._dtype)
-        self._advance(value.nbytes)
+            self._readers[file] = reader(self._folder, file, self._room, self._packed)
+        value = self._given_form(name, self._readers[file](name, wanted), wanted)
+        self._advance(wanted.elements * self._dtype.itemsize)
         return value
 
-    def __setitem__(self, name: str, value: torch.Tensor) -> None:
+    def _given_form(self, name: str, value: Tensor, wanted: Slice) -> Tensor | Quantised:
+        """What was read, on its device, in the form that is given."""
+        if self._packing and roundable(name, wanted.whole):
+            return in_few_bits(value, name in self._packed, wanted, self._dtype, self._device)
+        return value.to(device=self._device, dtype=self._dtype)
+
+    def __setitem__(self, name: str, value: Tensor | Quantised) -> None:
         self._given[name] = value
 
     def __delitem__(self, name: str) -> None:

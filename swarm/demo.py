@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Self
@@ -183,17 +183,22 @@ class LocalSwarm:
         environment.pop("HEXSWARM_BOOTSTRAP", None)
         if self._threads:
             environment["OMP_NUM_THREADS"] = str(self._threads)
-        errors: IO[bytes]
         with log.open("ab") as errors:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "hexswarm.cli", *words, "--home", str(folder)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                env=environment,
-                bufsize=0,
-            )
-        return Process(name, process, log)
+            command = [*words, "--home", str(folder)]
+            return Process(name, self._process(command, environment, errors), log)
+
+    def _process(
+        self, words: Sequence[str], environment: Mapping[str, str], errors: IO[bytes]
+    ) -> subprocess.Popen[bytes]:
+        """A process of the command `hexswarm`. Tests have a quicker way to one."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "hexswarm.cli", *words],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=environment,
+            bufsize=0,
+        )
 
 
 def demo_spans(layers: int) -> list[str]:

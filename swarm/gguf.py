@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 MAX_ITEMS = 1 << 22
 """Metadata entries, words of a vocabulary or tensors that a file may list."""
 
+Q4_0 = 2
+"""Number of the type of 4 bits that products can read as it is: 32 weights, one scale."""
+
 _SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
@@ -106,15 +109,9 @@ class GgufFile:
         from gguf.constants import GGMLQuantizationType
         from gguf.quants import dequantize
 
-        kind, all_rows = GGMLQuantizationType(tensor.kind), tensor.shape[0]
-        rows = range(all_rows) if rows is None else rows
-        size = tensor.end - tensor.start
-        first, wanted = (size * count // all_rows for count in (rows.start, len(rows)))
-        with self.path.open("rb") as file:
-            file.seek(tensor.start + first)
-            raw = np.fromfile(file, np.uint8, wanted)
-        if raw.size != wanted:
-            raise corrupt(self.path, f"{tensor.name} is cut off")
+        kind = GGMLQuantizationType(tensor.kind)
+        rows = range(tensor.shape[0]) if rows is None else rows
+        raw = self._read(tensor, rows)
         shape = (len(rows), *tensor.shape[1:])
         try:
             flat = dequantize(raw.reshape(math.prod(shape[:-1]), -1), kind)
@@ -123,11 +120,41 @@ class GgufFile:
                 f"{self.path.name} stores {tensor.name} as {kind.name}, which we cannot read",
                 remedy="use a file quantised as Q4_0, Q4_K, Q5_K, Q6_K, Q8_0, F16 or BF16",
             ) from None
-        array = flat.reshape(shape)
-        if heads := self._interleaved_heads(tensor.name):
-            pairs = array.reshape(-1, all_rows // heads // 2, 2, *shape[1:])
-            array = pairs.swapaxes(1, 2).reshape(shape)
-        return np.ascontiguousarray(array, dtype="<f4")
+        return np.ascontiguousarray(self._in_order(tensor, flat.reshape(shape)), dtype="<f4")
+
+    def blocks(self, tensor: GgufTensor, rows: range) -> np.ndarray:
+        """Rows of a matrix in Hugging Face's order, each as the file has it: `[rows, bytes]`."""
+        raw = self._read(tensor, rows).reshape(len(rows), -1)
+        return self._in_order(tensor, raw)
+
+    def packed(self) -> frozenset[str]:
+        """Matrices of layers in Q4_0, by their Hugging Face names."""
+        return frozenset(
+            name
+            for name, tensor in self.hf_tensors().items()
+            if tensor.kind == Q4_0 and len(tensor.shape) == 2 and name.startswith("model.layers.")
+        )
+
+    def _read(self, tensor: GgufTensor, rows: range) -> np.ndarray:
+        """Bytes of `rows`."""
+        import numpy as np
+
+        size, all_rows = tensor.end - tensor.start, tensor.shape[0]
+        first, wanted = (size * count // all_rows for count in (rows.start, len(rows)))
+        with self.path.open("rb") as file:
+            file.seek(tensor.start + first)
+            raw = np.fromfile(file, np.uint8, wanted)
+        if raw.size != wanted:
+            raise corrupt(self.path, f"{tensor.name} is cut off")
+        return raw
+
+    def _in_order(self, tensor: GgufTensor, array: np.ndarray) -> np.ndarray:
+        """The rows of `array`, which are the tensor's or some heads', as Hugging Face has them."""
+        heads = self._interleaved_heads(tensor.name)
+        if not heads:
+            return array
+        pairs = array.reshape(-1, tensor.shape[0] // heads // 2, 2, *array.shape[1:])
+        return pairs.swapaxes(1, 2).reshape(array.shape)
 
     def _interleaved_heads(self, name: str) -> int:
         """Number of heads whose rows are to be reordered, 0 for other tensors."""

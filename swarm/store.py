@@ -59,6 +59,8 @@ class ModelFolder:
     home: Path
     """Where hashes are remembered."""
     gguf: Path | None = None
+    packed: frozenset[str] = frozenset()
+    """Of a GGUF, the layers' matrices in Q4_0, which can be kept as they are."""
 
     def file(self, name: str) -> Path:
         """Where the weight file `name` lies."""
@@ -199,7 +201,7 @@ def _from_gguf(path: Path, home: Path, progress: Progress) -> ModelFolder:
     make_once(folder, lambda draft: config_files(header, draft), whole, progress)
     tensors = dict.fromkeys(header.hf_tensors(), GGUF_NAME)
     built = _assemble(folder, path.stem, config, {GGUF_NAME: identity}, tensors, home)
-    return replace(built, gguf=path.resolve())
+    return replace(built, gguf=path.resolve(), packed=header.packed())
 
 
 def _assemble(

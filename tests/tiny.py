@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,13 @@ def save_gguf(
     path: Path,
     built: transformers.PreTrainedModel,
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    kinds: Mapping[str, gguf.GGMLQuantizationType] | None = None,
     **metadata: Any,
 ) -> Path:
-    """Write `built` as llama.cpp's converter would: Mistral as llama, q and k interleaved there."""
+    """Write `built` as llama.cpp's converter would: Mistral as llama, q and k interleaved there.
+
+    Matrices are stored as `kind`, those with a part of their name in `kinds` as that says.
+    """
     config = built.config
     architecture = {"mistral": "llama"}.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(path, architecture)
@@ -123,7 +128,8 @@ def save_gguf(
         array = tensor.float().numpy()
         if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
             array = interleave(array, array.shape[0] // config.head_dim)
-        stored = kind if array.ndim == 2 else gguf.GGMLQuantizationType.F32
+        own = next((kinds[part] for part in kinds or () if part in name), kind)
+        stored = own if array.ndim == 2 else gguf.GGMLQuantizationType.F32
         data = gguf.quantize(np.ascontiguousarray(array), stored)
         writer.add_tensor(names.get_name(name, (".weight", ".bias")), data, raw_dtype=stored)
     writer.write_header_to_file()

@@ -20,7 +20,7 @@ from hexswarm.peer.cuts import Sizes
 from hexswarm.peer.fitting import MEMORY_SHARE
 from hexswarm.peer.groups.actions import Facts, Own
 from hexswarm.peer.groups.division import cut_of
-from hexswarm.peer.groups.epoch import LoadPart
+from hexswarm.peer.groups.epoch import Epoch, LoadPart, Owner
 from hexswarm.peer.groups.formation import Formation
 from hexswarm.peer.groups.grouped import Grouped
 from hexswarm.peer.groups.streams import Door, Place
@@ -63,8 +63,12 @@ async def enter(life: Life, machine: Hosting, progress: Progress) -> Grouped:
         raise
     room = config.memory or int(free_bytes(life.device) * MEMORY_SHARE)
     own = Own(Span(0, folder.spec.layers), room, speed.decode_layer_s)
-    formation, load = Formation(facts, life.rng), _loader(life, progress)
-    return Grouped(life, machine, formation, door, load, own, limits_of(speed))
+    load, limits = _loader(life, progress), limits_of(speed)
+
+    def begin(place: Place, owner: Owner, before: Epoch | None) -> Epoch:
+        return Epoch(place, door, load, owner, before, limits)
+
+    return Grouped(life, machine, Formation(facts, life.rng), door, begin, own)
 
 
 def limits_of(speed: Speed) -> Limits:
@@ -124,8 +128,9 @@ def _loader(life: Life, progress: Progress) -> LoadPart:
         part = cut_of(sizes, asked.shares).parts[place.rank]
         if config.threads:
             torch.set_num_threads(config.threads)
+        kind = getattr(torch, dtype)
         tensors = load_span(
-            folder, asked.span, dtype=getattr(torch, dtype), progress=progress, part=part
+            folder, asked.span, dtype=kind, progress=progress, part=part, quant=config.quant
         )
         a, layers = read_architecture(folder.config), folder.spec.layers
         return Shard(
@@ -153,7 +158,8 @@ def _layer_speed(life: Life, progress: Progress) -> Speed:
 
     def timed() -> Measured:
         folder = resolve(config.model, home=config.cache, progress=progress, span=span)
-        tensors = load_span(folder, span, dtype=getattr(torch, dtype), progress=progress)
+        kind = getattr(torch, dtype)
+        tensors = load_span(folder, span, dtype=kind, progress=progress, quant=config.quant)
         a, spec = read_architecture(folder.config), folder.spec
         shard = Shard(a, span, spec.layers, tensors, dtype, device, quant=config.quant)
         runner = Runner(shard, shard.make_pool(PROBE_BLOCKS))

@@ -23,16 +23,13 @@ from hexswarm.peer.collective import Collective
 from hexswarm.peer.groups.checks import Checks
 from hexswarm.peer.groups.leading import Led, joined
 from hexswarm.peer.groups.obeying import Obeying
-from hexswarm.peer.groups.streams import Door, Place
+from hexswarm.peer.groups.streams import OPEN_S, Door, Place
 from hexswarm.peer.patience import LIMITS, Limits
 from hexswarm.peer.shard import Shard
 from hexswarm.peer.stream_sums import StreamSums
 from hexswarm.records import PeerId
 
 log = logging.getLogger(__name__)
-
-OPEN_S = 900.0
-"""For the slowest member to load; the owner ends the epoch earlier if it has reason to."""
 
 LoadPart = Callable[[Place, StreamSums], Shard]
 

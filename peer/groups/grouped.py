@@ -8,6 +8,9 @@ and goes, and a member is one that is still waiting for a device.
 An epoch begins to load only while the daemon waits in `ready`, that is, when nothing else is held.
 What the daemon serves by itself (`auto`, as long as that is better) is given up first: it is told
 that its host is lost, closes it as ever, and comes back to `ready`.
+
+What has threads and tensors is made elsewhere (`begin`, in `hexswarm.peer.groups.entry`), so that
+this file also runs in the simulated world, where an epoch is integers on a virtual clock.
 """
 
 from __future__ import annotations
@@ -15,27 +18,32 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from hexswarm.errors import HexswarmError, MemberLost
 from hexswarm.messages import GroupInvite, GroupLeave
-from hexswarm.peer.division import Places
 from hexswarm.peer.groups.actions import Action, Close, Leave, Load, Own, Serve
-from hexswarm.peer.groups.epoch import Epoch, LoadPart
 from hexswarm.peer.groups.formation import Formation
-from hexswarm.peer.groups.leading import BEAT_S, Led
 from hexswarm.peer.groups.near import Near
 from hexswarm.peer.groups.single import Single
 from hexswarm.peer.groups.streams import Door, Place
 from hexswarm.peer.groups.talk import Talk
-from hexswarm.peer.hosting import Host, Hosting
-from hexswarm.peer.life import Life
-from hexswarm.peer.patience import Limits
-from hexswarm.progress import Progress
+from hexswarm.peer.groups.words import BEAT_S
 from hexswarm.records import Announcement, PeerId, Span
-from hexswarm.store import ModelFolder
 from hexswarm.wire import Frame
+
+if TYPE_CHECKING:  # these load PyTorch
+    from hexswarm.peer.division import Places
+    from hexswarm.peer.groups.epoch import Epoch, Owner
+    from hexswarm.peer.groups.leading import Led
+    from hexswarm.peer.hosting import Host, Hosting
+    from hexswarm.peer.life import Life
+    from hexswarm.progress import Progress
+    from hexswarm.store import ModelFolder
+
+    Begin = Callable[[Place, Owner, Epoch | None], Epoch]
 
 log = logging.getLogger(__name__)
 
@@ -58,15 +66,13 @@ class Grouped:
         machine: Hosting,
         formation: Formation,
         door: Door,
-        load: LoadPart,
+        begin: Begin,
         own: Own,
-        limits: Limits,
     ) -> None:
-        """`machine` hosts what the peer serves by itself; `own` is what it knows of itself;
-        `limits` say when a member is late.
+        """`machine` hosts what the peer serves by itself; `begin` makes an epoch, given the last
+        one; `own` is what the peer knows of itself.
         """
-        self._limits = limits
-        self._life, self._machine, self._door, self._load = life, machine, door, load
+        self._life, self._machine, self._door, self._begin_epoch = life, machine, door, begin
         self.formation, self._own = formation, own
         links, clock = life.member.links, life.clock
         self._near = Near(links, clock)
@@ -128,7 +134,7 @@ class Grouped:
     @property
     def leading(self) -> bool:
         """What is served is a group's."""
-        return isinstance(self._host, Led)
+        return self._host is not None and not isinstance(self._host, Single)
 
     # --- what is told to others ------------------------------------------------------------------
 
@@ -288,8 +294,7 @@ class Grouped:
             match action:
                 case Load(invitation=invitation, rank=rank):
                     place = Place(invitation, rank)
-                    with_whom = (place, self._door, self._load, self, self._last)
-                    self._begun = Epoch(*with_whom, self._limits)
+                    self._begun = self._begin_epoch(place, self, self._last)
                     self._join(place)
                 case Serve():
                     self._complete = self._led
@@ -347,7 +352,9 @@ class Grouped:
         while True:
             await asyncio.sleep(BEAT_S / 2)
             engine, host = self._life.engine, self._host
-            if engine is not None and isinstance(host, Led) and host.lost is None:
+            if engine is None or host is None or isinstance(host, Single):
+                continue
+            if host.lost is None:
                 beaten = asyncio.wrap_future(engine.between(host.beat))
                 await asyncio.wait({beaten})
 

@@ -21,9 +21,6 @@ from hexswarm.peer.patience import LIMITS, Limits
 from hexswarm.peer.shard import Shard
 from hexswarm.peer.stream_sums import StreamSums
 
-BEAT_S = 1.0
-"""Without any other word."""
-
 
 class Led:
     """One epoch, from the leader's end."""
@@ -48,7 +45,7 @@ class Led:
 
     def beat(self) -> None:
         """If nothing was said lately: is everybody there? Afterwards `lost` tells."""
-        if self.lost is not None or time.monotonic() - self._told_s < BEAT_S:
+        if self.lost is not None or time.monotonic() - self._told_s < words.BEAT_S:
             return
         try:
             words.beat(self._group)

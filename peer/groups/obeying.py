@@ -19,6 +19,7 @@ from hexswarm.peer.following import Follower
 from hexswarm.peer.groups.checks import Checks
 from hexswarm.peer.groups.words import (
     LONG,
+    SILENT_S,
     STATUS,
     answer_beat,
     answer_status,
@@ -27,9 +28,6 @@ from hexswarm.peer.groups.words import (
 from hexswarm.peer.shard import Shard
 from hexswarm.peer.stream_sums import StreamSums
 
-SILENT_S = 5.0
-"""Without a word from the leader, which beats every second. A leader whose process is held up for a
-moment has not left."""
 MOST_WHY = 200
 """Characters of the reason why a command failed."""
 

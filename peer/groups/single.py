@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hexswarm.errors import MemberLost
-from hexswarm.peer.hosting import Host
+
+if TYPE_CHECKING:
+    from hexswarm.peer.hosting import Host
 
 
 class Single:

@@ -23,6 +23,8 @@ DIAL_S = 5.0
 """For one attempt to open a stream."""
 AGAIN_S = 0.2
 """Between two of them."""
+OPEN_S = 900.0
+"""For the slowest member to load; who owns the epoch ends it earlier if there is reason to."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,10 @@ import msgpack
 from hexswarm.errors import OutOfMemory, RemoteProtocolError
 from hexswarm.peer.collective import Collective
 
+BEAT_S = 1.0
+"""The leader beats after so long without any other word."""
+SILENT_S = 5.0
+"""A member waits so long for a word: a leader whose process is held up for a moment is there."""
 STATUS = ["status"]
 STATUS_EVERY_S = 0.1
 LONG_S = 180.0

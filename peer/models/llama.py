@@ -2,7 +2,7 @@
 
 Each source tensor is taken out of the caller's mapping as it is copied into its place in a fused
 matrix, so that loading needs room for the span plus little more than one layer. Rounding to few
-bits goes tensor by tensor, too.
+bits goes tensor by tensor, too; what a file has in few bits comes so, and stays.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Source:
 
     def __init__(
         self,
-        tensors: MutableMapping[str, Tensor],
+        tensors: MutableMapping[str, Tensor] | MutableMapping[str, Tensor | Quantised],
         dtype: torch.dtype,
         device: torch.device,
         *,
@@ -44,7 +44,7 @@ class Source:
     def take(self, name: str, *shape: int) -> Tensor:
         """A tensor in the shard's dtype, on its device, owned by us."""
         out = torch.empty(shape, dtype=self.dtype, device=self.device)
-        return out.copy_(self._pop(name, shape))
+        return out.copy_(self._wide(name, shape))
 
     def take_transposed(self, parts: Sequence[tuple[str, int]], inputs: int) -> Tensor:
         """Fuse `[out, in]` matrices into one `[in, sum of out]`."""
@@ -80,15 +80,17 @@ class Source:
         for name, out in parts:
             here = fused[:, column : column + out]
             if bits == 16:
-                here.copy_(self._pop(name, (out, inputs)).t())
+                here.copy_(self._wide(name, (out, inputs)).t())
             else:
                 here.copy_(dequantise(self._round(name, out, inputs), self.dtype).t())
             column += out
         return fused
 
     def _round(self, name: str, outputs: int, inputs: int) -> Quantised:
-        tensor = self._pop(name, (outputs, inputs))
-        return quantise(tensor.to(self.device, self.dtype), self.bits)
+        found = self._pop(name, (outputs, inputs))
+        if isinstance(found, Quantised):
+            return found.to(self.device)
+        return quantise(found.to(self.device, self.dtype), self.bits)
 
     def _room(self, inputs: int, outputs: int, *count: int) -> Tensor:
         """For a matrix `[in, out]`, or for `count` of them."""
@@ -100,7 +102,11 @@ class Source:
         """Fuse vectors end to end."""
         return torch.cat([self.take(name, size) for name, size in parts])
 
-    def _pop(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def _wide(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        found = self._pop(name, shape)
+        return dequantise(found, self.dtype) if isinstance(found, Quantised) else found
+
+    def _pop(self, name: str, shape: tuple[int, ...]) -> Tensor | Quantised:
         try:
             tensor = self.tensors.pop(name)
         except KeyError:

@@ -1,7 +1,8 @@
 """Helpers of the tests with real processes: swarms, commands, and waiting for what must come.
 
-`LocalSwarm()` is the small default model on three peers. Everything that waits goes through
-`until`, so that no test sleeps for longer than it must and a failure says what did not happen.
+`LocalSwarm()` is the small default model on three peers; nodes and commands come out of `warm.py`.
+Everything that waits goes through `until`, so that no test sleeps for longer than it must and a
+failure says what did not happen.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import psutil
 
@@ -42,6 +43,11 @@ class LocalSwarm(demo.LocalSwarm):
         self, spans: Sequence[str | None] = SPANS, *, model: str = DEFAULT_MODEL, **more: Any
     ) -> None:
         super().__init__(spans, model=model, threads=1, **more)
+
+    def _process(
+        self, words: Sequence[str], environment: Mapping[str, str], errors: IO[bytes]
+    ) -> Any:
+        return _warm().start(words, environment, errors)
 
     def client(self, name: str = "client", **more: Any) -> Client:
         """A client with a home of its own."""
@@ -86,14 +92,23 @@ def environment() -> dict[str, str]:
 
 @functools.cache
 def _warm() -> Warm:
-    started = Warm()
+    started = Warm(environment())
     atexit.register(started.close)
     return started
 
 
-def hexswarm(*words: str, stdin: str = "", timeout_s: float = 100) -> subprocess.CompletedProcess:
+def hexswarm(
+    *words: str, stdin: str = "", timeout_s: float = 100, cwd: Path | None = None
+) -> subprocess.CompletedProcess:
     """The command `hexswarm` as a person runs it, less the seconds of its imports."""
-    return _warm().run(words, stdin, environment(), timeout_s)
+    return _warm().run(words, environment(), stdin, timeout_s, cwd)
+
+
+def node(words: Sequence[str], home: Path, log: Path) -> demo.Process:
+    """The command `hexswarm` as a node that serves until it is told to stop; started as above."""
+    with log.open("wb") as errors:
+        process = _warm().start([*words, "--home", str(home)], environment(), errors)
+    return demo.Process(home.name, process, log)
 
 
 def all_of(calls: Mapping[str, Callable[[], T]]) -> dict[str, T]:

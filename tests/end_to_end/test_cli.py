@@ -24,6 +24,7 @@ COMMANDS = (
 )
 FRANCE = "What is the capital of France?"
 CONTINUE = "The capital of France is"
+COUNT = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10,"
 
 Done = subprocess.CompletedProcess[str]
 
@@ -82,7 +83,8 @@ def test_chat_takes_turns_from_a_pipe(said: dict[str, Done]) -> None:
 
 def interrupted(swarm: LocalSwarm) -> Done:
     """`hexswarm generate` in mid-answer as Ctrl-C ends it, with all processes of the job."""
-    words = [sys.executable, "-m", "hexswarm.cli", "generate", "Tell me a long story."]
+    words = [sys.executable, "-m", "hexswarm.cli", "generate", "--raw", COUNT]
+    words += ["--max-new-tokens", "1000"]  # half a minute; a moment is needed
     words += ["--bootstrap", swarm.bootstrap[0], "--home", str(swarm.home / "interrupted")]
     process = subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),

@@ -8,8 +8,6 @@ the same with more losses.
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +21,7 @@ from hexswarm.identity import Identity
 from hexswarm.messages import GroupInvite
 from hexswarm.peer.groups.invitation import Invitation, Seat, sign
 from hexswarm.records import Announcement, Span
-from tests.end_to_end.swarm import TINY_LAYERS, LivingSwarm, environment, refresh, until
+from tests.end_to_end.swarm import TINY_LAYERS, LivingSwarm, node, refresh, until
 from tests.end_to_end.test_two_machines import adapted, lines_marked
 
 pytestmark = pytest.mark.end_to_end
@@ -201,13 +199,8 @@ def test_group_of_the_readme(tmp_path: Path) -> None:
     nodes: list[demo.Process] = []
 
     def start(name: str, words: list[str]) -> demo.Process:
-        log = (tmp_path / name).with_suffix(".log")
-        command = [sys.executable, "-m", "hexswarm.cli", *words, "--home", str(tmp_path / name)]
-        with log.open("wb") as errors:
-            process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=errors, env=environment(), bufsize=0
-            )
-        nodes.append(demo.Process(name, process, log))
+        home = tmp_path / name
+        nodes.append(node(words, home, home.with_suffix(".log")))
         return nodes[-1]
 
     try:
@@ -221,7 +214,7 @@ def test_group_of_the_readme(tmp_path: Path) -> None:
             answer = client.generate("The capital of France is", max_new_tokens=4)
         assert len(answer.ids) == 4
     finally:
-        for node in reversed(nodes):
-            node.send(signal.SIGTERM)
-        for node in nodes:
-            node.wait()
+        for one in reversed(nodes):
+            one.send(signal.SIGTERM)
+        for one in nodes:
+            one.wait()

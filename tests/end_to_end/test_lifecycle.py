@@ -38,12 +38,14 @@ from tests.end_to_end.swarm import (
 pytestmark = pytest.mark.end_to_end
 
 DRAIN_S = 30.0
+FOUND_S = 30.0
+"""For some attempts, of which each may wait eight seconds for a peer that is gone."""
 PROMPT = [5, 6, 7]
 
 
 @pytest.fixture(scope="module")
 def local(tiny_model: Path) -> Iterator[LivingSwarm]:
-    extra = ("--kv-tokens", str(POOL))
+    extra = ("--kv-tokens", str(POOL), "--drain-s", "120")
     with LivingSwarm(("0:2", "2:4", "2:4", "4:6"), model=str(tiny_model), extra=extra) as local:
         yield local
 
@@ -119,7 +121,6 @@ def test_a_peer_that_is_told_to_stop_ends_what_runs_and_hands_back_the_rest(
         stream = busy.generate(PROMPT, max_new_tokens=1500, stream=True)
         next(stream)
         middle.send(signal.SIGTERM)
-        began_s = time.monotonic()
         reader = Reader(stream)
         me = local.id_of(middle)
         until(lambda: states(asker).get(me) == "draining", 10, "the peer announces that it leaves")
@@ -127,13 +128,14 @@ def test_a_peer_that_is_told_to_stop_ends_what_runs_and_hands_back_the_rest(
         other = idle.generate(PROMPT, max_new_tokens=8)
         assert (other.ids, other.reused_tokens) == (expected, 0)
         assert middle_of(local, other) is not middle
-        reader.join(DRAIN_S)
+        reader.join(2 * DRAIN_S)
+        ended_s = time.monotonic()
         assert reader.error is None
         assert (len(stream.completion.ids), stream.completion.finish) == (1500, "length")
         assert stream.completion.ids[:8] == expected
-        # The conversation is still open here, but does not hold the peer back.
-        assert middle.wait(DRAIN_S - (time.monotonic() - began_s)) == 0
-        assert time.monotonic() - began_s < 20
+        # The conversation is still open here, but does not hold the peer back for two minutes.
+        assert middle.wait(DRAIN_S) == 0
+        assert time.monotonic() - ended_s < DRAIN_S
         assert "Traceback" not in middle.log_text
         assert busy.generate(PROMPT, max_new_tokens=8).ids == expected
     local.again(middle, "2:4")
@@ -205,7 +207,7 @@ def test_the_swarm_outlives_its_bootstraps(
     assert len(processes) == 2
     middle.end(signal.SIGKILL)
     until(lambda: all(map(gone, processes)), 10, "the peer and its daemon have ended")
-    again = until(lambda: attempt(asker), 10, "the request goes by another peer")
+    again = until(lambda: attempt(asker), FOUND_S, "the request goes by another peer")
     assert again.ids == expected
     assert middle_of(local, again) is not middle
 
@@ -217,13 +219,15 @@ def test_the_swarm_outlives_its_bootstraps(
     for node in local.peers:
         if node is not middle and node.lines[0].startswith("serving layers 2:4"):
             node.end(signal.SIGKILL)
-    back = until(lambda: attempt(asker), 10, "the request goes by the peer that came back")
+    back = until(lambda: attempt(asker), FOUND_S, "the request goes by the peer that came back")
     assert back.ids == expected
     assert middle_of(local, back) is middle
 
     # A client that was here before finds its way back, too.
     with local.client("acquaintance") as client:
-        assert until(lambda: attempt(client), 10, "an old acquaintance is served").ids == expected
+        assert (
+            until(lambda: attempt(client), FOUND_S, "an old acquaintance is served").ids == expected
+        )
 
 
 def attempt(client: Client) -> Any:

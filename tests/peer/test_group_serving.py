@@ -19,7 +19,7 @@ from hexswarm.peer.groups import words
 from hexswarm.peer.groups.checks import Checks
 from hexswarm.peer.groups.division import cut_of
 from hexswarm.peer.groups.invitation import Invitation, Seat
-from hexswarm.peer.groups.leading import BEAT_S, Led, joined
+from hexswarm.peer.groups.leading import Led, joined
 from hexswarm.peer.groups.obeying import Obeying
 from hexswarm.peer.groups.streams import Door, Place
 from hexswarm.peer.models.registry import architecture
@@ -155,7 +155,7 @@ def test_beats_keep_an_idle_group(make: Make) -> None:
     """And it computes afterwards as ever."""
     group = make()
     runner = group.runner()
-    group.led._told_s -= BEAT_S
+    group.led._told_s -= words.BEAT_S
     group.led.beat()
     group.led.beat()  # said lately: nothing
     assert group.led.lost is None
@@ -168,7 +168,7 @@ def test_the_end_of_a_member_is_noticed_while_nothing_is_computed(make: Make) ->
     lost = MemberLost(1, "self", 3, "dies")
     group.members[0].sums.leave(lost)
     group.members[0].wait()
-    group.led._told_s -= BEAT_S
+    group.led._told_s -= words.BEAT_S
     with within(TOLD_S):
         group.led.beat()
     assert group.led.lost is not None

@@ -32,6 +32,9 @@ STRANGER = 90
 OF_PEER = ("kill", "kill", "kill", "stop", "stop", "slow", "drain", "full", "lie", "clock")
 OF_WAY = ("cut", "cut", "tear", "vanish", "delay", "twice", "swap", "late", "silence")
 OF_ALL = ("partition", "board", "forge", "garbage", "client")
+ALL_KINDS = (OF_PEER, OF_PEER, OF_WAY, OF_WAY, OF_ALL)
+LAN_KINDS = (OF_PEER, OF_PEER, OF_WAY, ("partition",))
+"""What goes wrong with a group: what concerns all is drawn elsewhere."""
 FOREVER_S = 1e6
 
 Undo = Callable[[], None] | None
@@ -63,15 +66,17 @@ def draw(
     end_s: float,
     *,
     mild: bool,
+    counts: tuple[int, int] = (2, 9),
+    kinds: Sequence[Sequence[str]] = ALL_KINDS,
 ) -> tuple[Fault, ...]:
     """The faults of a seed, in order of time."""
     peers = [spec.number for spec in specs]
     faults = []
-    for _ in range(rng.randint(2, 9)):
+    for _ in range(rng.randint(*counts)):
         at_s = rng.uniform(begin_s, end_s - 1.0)
         for_s = min(rng.choice((0.3, 1.0, 3.0, 8.0, 30.0)) * rng.uniform(0.7, 1.3), end_s - at_s)
         a = rng.choice(victims if mild else peers)
-        kind = rng.choice(rng.choice((OF_PEER, OF_PEER, OF_WAY, OF_WAY, OF_ALL)))
+        kind = rng.choice(rng.choice(kinds))
         fault = Fault(at_s, kind, for_s, a, amount=rng.uniform(0.2, 1.0))
         if kind in OF_WAY:
             b = rng.choice([n for n in [*peers, *clients] if n != a])
@@ -129,8 +134,8 @@ def _slow(world: World, fault: Fault) -> Undo:
     peer = world.serving(fault.a)
     if peer is None:
         return None
-    peer.engine.slow = 10.0
-    return lambda: setattr(peer.engine, "slow", 1.0)
+    peer.set_slow(10.0)
+    return lambda: peer.set_slow(1.0)
 
 
 def _drain(world: World, fault: Fault) -> Undo:
@@ -213,8 +218,8 @@ def _vanish(world: World, fault: Fault) -> Undo:
 def _delay(world: World, fault: Fault) -> Undo:
     a, b = name_of(fault.a), name_of(fault.b)
     usual_s = world.delay_s(fault.a, fault.b)
-    world.wires.network.shape(a, b, delay_s=usual_s + fault.amount, one_way=True)
-    return lambda: world.wires.network.shape(a, b, delay_s=usual_s, one_way=True)
+    world.wires.shape(a, b, usual_s + fault.amount, one_way=True)
+    return lambda: world.wires.shape(a, b, usual_s, one_way=True)
 
 
 def _mischief(name: str) -> Callable[[World, Fault], Undo]:

@@ -163,10 +163,20 @@ class DeviceClock:
 class VirtualEngine(Engine):
     """See the module."""
 
-    def __init__(self, spec: PeerSpec, clock: Clock, deliver: Any, on_row: OnRow) -> None:
-        self._device = DeviceClock(clock)
+    def __init__(
+        self,
+        spec: PeerSpec,
+        clock: Clock,
+        deliver: Any,
+        on_row: OnRow,
+        *,
+        cells: Any = None,
+        device: DeviceClock | None = None,
+    ) -> None:
+        """`cells` compute instead of our own, and know the clock of the `device`."""
+        self._device = device or DeviceClock(clock)
         self.tables = BlockTables(spec.blocks, lease_s=LEASE_S)
-        self.cells = Cells(spec, self._device, on_row)
+        self.cells = cells or Cells(spec, self._device, on_row)
         self._spec = spec
         self.slow = 1.0
         """Times as long as announced."""
@@ -225,6 +235,11 @@ class VirtualEngine(Engine):
         for row in picked.rows:
             self.on_pick(row)
         self._computing = picked
+        self._compute(picked, now)
+
+    def _compute(self, picked: Batch, now: float) -> None:
+        """Call `_over` when it is computed."""
+        assert self._loop is not None
         self._timer = self._loop.call_later(self._seconds(picked), self._over, now)
 
     def _seconds(self, batch: Batch) -> float:
@@ -269,6 +284,8 @@ class SimulatedPeer:
         self.state: State = "online"
         self.gone = False
         """Left of its own will, or was killed."""
+        self.said: Announcement | None = None
+        """Its last word."""
         self.main: asyncio.Task[None]
         """What `serve` runs in."""
         self._rng = rng
@@ -300,6 +317,18 @@ class SimulatedPeer:
         self.gone = True
         self.engine.stop()
         await self.member.close()
+
+    def halt(self) -> None:
+        """It was killed."""
+        self.engine.stop()
+
+    def set_slow(self, times: float) -> None:
+        self.engine.slow = times
+
+    @property
+    def fellows(self) -> set[PeerId]:
+        """Those on whom it depends whether there are sessions or not: nobody."""
+        return set()
 
     # --- inside ---------------------------------------------------------------------------------
 
@@ -345,6 +374,7 @@ class SimulatedPeer:
         if not self._announcer.due(current, now):
             return
         stamped, expires_s = self._announcer.stamp(current, now, wall)
+        self.said = stamped
         await self.member.announce(sign(stamped, expires_s, identity(self.spec.number)))
 
     async def _announce_for_ever(self) -> None:

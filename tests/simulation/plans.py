@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 
+from hexswarm.peer.groups.actions import AUTO
 from hexswarm.records import Span
 from tests.loopback import VOCABULARY
 from tests.simulation import faults
-from tests.simulation.faults import Fault
+from tests.simulation.faults import LAN_KINDS, Fault
 from tests.simulation.invariants import Ask
+from tests.simulation.lan import GroupSpec
 from tests.simulation.peers import PeerSpec
 
 SETTLED_S = 3.0
@@ -17,6 +19,14 @@ SETTLED_S = 3.0
 LAYERS = 6
 SPANS = ((0, 2), (2, 4), (4, 6))
 FIRST_CLIENT = 50
+FIRST_MEMBER = 30
+"""Of the peers that are to be groups."""
+FORMED_S = 5.0
+"""What groups are given to form, before it all begins."""
+GROUPED = 0.25
+"""Share of the seeds that have any."""
+AUTO_SHARE = 0.25
+"""Of those with one LAN: whose peers serve by themselves until together they are faster."""
 ROOMY = 40
 """Blocks that are enough for all requests of a seed at once."""
 
@@ -35,6 +45,10 @@ class Plan:
     asks: tuple[Ask, ...]
     faults: tuple[Fault, ...]
     stops: frozenset[int]
+    lan: tuple[GroupSpec, ...] = ()
+    """Peers that are to be groups, beside the others."""
+    settled_s: float = SETTLED_S
+    """When the clients have joined."""
 
     def __str__(self) -> str:
         kind = "mild" if self.mild else "wild"
@@ -45,6 +59,10 @@ class Plan:
             f"{a.at_s:6.2f} {a.style} by {a.client}, {len(a.prompt)}+{a.max_new}" for a in self.asks
         )
         lines = [f"seed {self.seed}, {kind}: peers {peers}", *asks, *map(str, self.faults)]
+        if self.lan:
+            said = (f"{s.number}:{s.span}" + "*" * s.leads + f" {s.name}" for s in self.lan)
+            size = self.lan[0].size
+            lines.insert(1, f"groups of {size}: " + ", ".join(said))
         return "\n  ".join(lines)
 
 
@@ -58,17 +76,41 @@ def draw(seed: int, *, quiet: bool = False) -> Plan:
     stops = frozenset({rng.randrange(VOCABULARY)} if rng.random() < 0.3 else ())
     asks = tuple(_draw_ask(rng, n, clients, stops, end_s) for n in range(rng.randint(3, 6)))
     wrong = faults.draw(rng, specs, clients, victims, SETTLED_S + 0.5, end_s, mild=mild)
-    return Plan(
-        seed=seed,
-        mild=mild,
-        specs=specs,
-        clients=clients,
-        victims=victims,
-        delay_s=rng.choice((0.002, 0.01, 0.04)),
+    return _with_groups(
+        Plan(
+            seed=seed,
+            mild=mild,
+            specs=specs,
+            clients=clients,
+            victims=victims,
+            delay_s=rng.choice((0.002, 0.01, 0.04)),
+            faults_end_s=end_s,
+            asks=_alike(asks, seed),
+            faults=() if quiet else wrong,
+            stops=stops,
+        ),
+        quiet=quiet,
+    )
+
+
+def _with_groups(plan: Plan, *, quiet: bool) -> Plan:
+    """In some seeds there are groups beside the peers, and all happens once they may be there."""
+    lan = _draw_lan(plan.seed)
+    if not lan:
+        return plan
+    rng, end_s = random.Random(f"group faults {plan.seed}"), plan.faults_end_s + FORMED_S
+    wrong = [replace(fault, at_s=fault.at_s + FORMED_S) for fault in plan.faults]
+    if not quiet:
+        numbers = [spec.number for spec in lan]
+        given = (rng, lan, plan.clients, numbers, SETTLED_S + FORMED_S, end_s)
+        wrong += faults.draw(*given, mild=False, counts=(0, 5), kinds=LAN_KINDS)
+    return replace(
+        plan,
+        lan=lan,
+        settled_s=SETTLED_S + FORMED_S,
         faults_end_s=end_s,
-        asks=_alike(asks, seed),
-        faults=() if quiet else wrong,
-        stops=stops,
+        asks=tuple(replace(ask, at_s=ask.at_s + FORMED_S) for ask in plan.asks),
+        faults=tuple(sorted(wrong, key=lambda fault: fault.at_s)),
     )
 
 
@@ -96,6 +138,32 @@ def _draw_peers(
     sizes = [rooms.choice((0, 100, 1 << 20, 1 << 20)) for _ in specs]
     kept = (replace(spec, journal_bytes=size) for spec, size in zip(specs, sizes, strict=True))
     return tuple(kept), tuple(victims)
+
+
+def _draw_lan(seed: int) -> tuple[GroupSpec, ...]:
+    """In some seeds a LAN or two, each with a group's peers and perhaps one to spare."""
+    rng = random.Random(f"groups {seed}")
+    if rng.random() >= GROUPED:
+        return ()
+    specs: list[GroupSpec] = []
+    names = ("lan-a", "lan-b")[: 1 + (rng.random() < 0.2)]
+    for name in names:
+        span = Span(*rng.choice((*SPANS, (0, 4), (2, 6), (0, 6))))
+        size, many = rng.choice((2, 2, 3)), rng.random() < 0.3
+        for turn in range(size + (rng.random() < 0.5)):
+            specs.append(
+                GroupSpec(
+                    *(FIRST_MEMBER + len(specs), span, LAYERS, ROOMY),
+                    layer_s=0.001 * rng.choice((1.0, 1.0, 2.0)),
+                    name=name,
+                    size=size,
+                    leads=not turn or many,
+                    load_s=rng.uniform(0.1, 1.5),
+                )
+            )
+    if len(names) == 1 and random.Random(f"auto {seed}").random() < AUTO_SHARE:
+        return tuple(replace(spec, name=AUTO, layer_s=10 * spec.layer_s) for spec in specs)
+    return tuple(specs)
 
 
 def _alike(asks: tuple[Ask, ...], seed: int) -> tuple[Ask, ...]:

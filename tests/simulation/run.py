@@ -26,8 +26,9 @@ if __name__ in ("__main__", "__mp_main__"):  # in pytest `tests` is found withou
 
 from tqdm import tqdm  # noqa: E402
 
+from tests.simulation.outcome import Outcome  # noqa: E402
 from tests.simulation.plans import draw  # noqa: E402
-from tests.simulation.world import Outcome, play  # noqa: E402
+from tests.simulation.world import play  # noqa: E402
 
 EVENTS = 400
 
@@ -79,6 +80,13 @@ def summary(found: list[Outcome], wall_s: float, core_s: float) -> dict[str, obj
         "longest_stall_s": {
             name: share(stalls_s, part)
             for name, part in (("p50", 0.5), ("p95", 0.95), ("max", 1.0))
+        },
+        "groups": {
+            "worlds": sum(outcome.epochs > 0 for outcome in found),
+            "epochs": sum(outcome.epochs for outcome in found),
+            "sums": sum(outcome.sums for outcome in found),
+            "longest_shown_s": round(max((o.shown_s for o in found), default=0.0), 2),
+            "longest_away_s": round(max((o.away_s for o in found), default=0.0), 2),
         },
         "virtual_hours": round(sum(outcome.virtual_s for outcome in found) / 3600, 2),
         "seconds": round(wall_s, 1),

@@ -86,7 +86,7 @@ class Stranger:
         """And misses nobody."""
 
     def _open(self, peer: PeerId, tokens: int) -> Open:
-        spec = next(spec for spec in self._world.plan.specs if spec.peer == peer)
+        spec = self._world.spec_of(peer)
         key = self._rng.randbytes(16)
         self._opened[key] = peer
         first, end = spec.span.first, spec.span.end
@@ -113,10 +113,9 @@ class Stranger:
             await links.connect(peer, ("/x",))
         except HexswarmError:
             return
-        held = self._world.peers.get(
-            next(spec.number for spec in self._world.plan.specs if spec.peer == peer)
-        )
-        keys = list(held.engine.tables.sessions) if held is not None else []
+        held = self._world.peers.get(self._world.spec_of(peer).number)
+        serves = held is not None and held.engine is not None
+        keys = list(held.engine.tables.sessions) if held is not None and serves else []
         for key in [*keys, self._rng.randbytes(16)]:
             position = self._rng.randrange(64)
             links.send(

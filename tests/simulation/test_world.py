@@ -37,9 +37,10 @@ from hexswarm.peer.stage import StageTable
 from hexswarm.resume import Part
 from tests.simulation import invariants
 from tests.simulation.faults import FOREVER_S, Fault
+from tests.simulation.outcome import Outcome
 from tests.simulation.plans import Plan, draw
 from tests.simulation.run import again
-from tests.simulation.world import Outcome, play
+from tests.simulation.world import play
 
 pytestmark = pytest.mark.simulation
 
@@ -138,11 +139,11 @@ def only(kind: str, for_s: float) -> Callable[[int], Plan]:
     def plan_of(seed: int) -> Plan:
         plan = draw(seed, quiet=True)
         harmed = [
-            Fault(4.0 + 0.8 * turn, kind, for_s, victim, amount=0.9)
+            Fault(plan.settled_s + 1.0 + 0.8 * turn, kind, for_s, victim, amount=0.9)
             for turn, victim in enumerate(plan.victims)
         ]
-        end_s = max(plan.faults_end_s, 10.0 + (for_s if for_s < FOREVER_S else 0.0))
-        return replace(plan, faults=tuple(harmed), faults_end_s=end_s)
+        end_s = plan.settled_s + 7.0 + (for_s if for_s < FOREVER_S else 0.0)
+        return replace(plan, faults=tuple(harmed), faults_end_s=max(plan.faults_end_s, end_s))
 
     return plan_of
 
@@ -150,16 +151,16 @@ def only(kind: str, for_s: float) -> Callable[[int], Plan]:
 def all_cut_off(seed: int) -> Plan:
     """For five seconds the client reaches nobody."""
     plan = draw(seed, quiet=True)
-    peers = tuple(spec.number for spec in plan.specs)
-    fault = Fault(4.0, "partition", 5.0, amount=0.9, group=peers)
-    return replace(plan, mild=False, faults=(fault,), faults_end_s=10.0)
+    peers = tuple(spec.number for spec in (*plan.specs, *plan.lan))
+    fault = Fault(plan.settled_s + 1.0, "partition", 5.0, amount=0.9, group=peers)
+    return replace(plan, mild=False, faults=(fault,), faults_end_s=plan.settled_s + 7.0)
 
 
 def all_said_twice(seed: int) -> Plan:
     """Between any two peers that may be harmed every second frame comes again."""
     plan = only("kill", 1.0)(seed)
     ways = [(a.number, b.number) for a in plan.specs for b in plan.specs if a != b]
-    harm = tuple(Fault(4.0, "twice", 10.0, *way, amount=1.0) for way in ways)
+    harm = tuple(Fault(plan.settled_s + 1.0, "twice", 10.0, *way, amount=1.0) for way in ways)
     return replace(plan, mild=False, faults=harm)
 
 

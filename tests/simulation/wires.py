@@ -10,6 +10,9 @@ real streams never do it, is done here, frame by frame, on the way from one peer
   successors, as a hostile peer may send them. Greetings, pings and probes are left alone: those
   would only end the link, as a cut does.
 
+Members of a group have streams of their own beside the links (`lan`, used by `direct.py`): another
+network between the same machines, so that what is cut or frozen is so for both.
+
 A cut or a freeze has *reasons*, and holds as long as any does: a partition that ends does not wake
 a peer that is dead.
 """
@@ -56,6 +59,14 @@ class Trace:
         self._hash.update(_TIME.pack(now) + repr(words).encode())
         if self._keep:
             self.lines.append(f"{now:9.4f} " + " ".join(map(str, words)))
+            del self.lines[: -self._keep]
+
+    def raw(self, now: float, pair: Pair, data: bytes) -> None:
+        """On a stream of a group."""
+        self.events += 1
+        self._hash.update(_TIME.pack(now) + f"{pair[0]}{pair[1]}".encode() + data)
+        if self._keep:
+            self.lines.append(f"{now:9.4f} {pair[0][-5:]}>{pair[1][-5:]} {len(data)} bytes")
             del self.lines[: -self._keep]
 
     def frame(self, now: float, pair: Pair, data: bytes) -> None:
@@ -122,7 +133,7 @@ class Wires:
     """All ways between processes."""
 
     def __init__(self, rng: random.Random, trace: Trace, delay_s: float) -> None:
-        self.network = MemoryNetwork(delay_s)
+        self.network, self.lan = MemoryNetwork(delay_s), MemoryNetwork(delay_s)
         self.trace = trace
         self.rng = rng
         self.harms: dict[Pair, Harm] = {}
@@ -143,6 +154,18 @@ class Wires:
         ways = (self.harms.get((a, b)), self.harms.get((b, a)))
         return not any(harm is not None and harm.any for harm in ways)
 
+    def joins(self, a: PeerId, b: PeerId) -> bool:
+        """Whether bytes pass, both ways, whatever is done to frames."""
+        pair = _sorted(a, b)
+        if self._cuts.get(pair) or self._freezes.get(pair):
+            return False
+        ways = (self.harms.get((a, b)), self.harms.get((b, a)))
+        return not any(harm is not None and (harm.vanish or harm.tear) for harm in ways)
+
+    def shape(self, a: PeerId, b: PeerId, delay_s: float, *, one_way: bool = False) -> None:
+        for network in (self.network, self.lan):
+            network.shape(a, b, delay_s=delay_s, one_way=one_way)
+
     @property
     def calm(self) -> bool:
         """Whether all ways are open."""
@@ -156,12 +179,14 @@ class Wires:
         reasons = self._cuts.setdefault(_sorted(a, b), set())
         if not reasons:
             self.network.cut(a, b)
+            self.lan.cut(a, b)
         reasons.add(why)
 
     def freeze(self, a: PeerId, b: PeerId, why: str) -> None:
         reasons = self._freezes.setdefault(_sorted(a, b), set())
         if not reasons:
             self.network.freeze(a, b)
+            self.lan.freeze(a, b)
         reasons.add(why)
 
     def heal(self, a: PeerId, b: PeerId, why: str) -> None:
@@ -170,9 +195,10 @@ class Wires:
         cuts.discard(why)
         freezes.discard(why)
         if not cuts:
-            self.network.heal(a, b)
-            if freezes:
-                self.network.freeze(a, b)
+            for network in (self.network, self.lan):
+                network.heal(a, b)
+                if freezes:
+                    network.freeze(a, b)
 
     def vanish(self, a: PeerId, b: PeerId, on: bool) -> None:
         """What `a` sends to `b` is lost from now on; at the end their streams end."""
@@ -183,17 +209,28 @@ class Wires:
             self.cut(a, b, "reset")
             self.heal(a, b, "reset")
 
+    def tear(self, pair: Pair) -> None:
+        """Cut once the half has arrived; whoever tore the way heals it."""
+        delay_s, loop = self.network.wire(*pair).delay_s, asyncio.get_running_loop()
+        loop.call_later(delay_s + 1e-3, self.cut, *pair, "torn")
+        loop.call_later(delay_s + 0.5, self.heal, *pair, "torn")
+
     def drop(self, transport: WiredTransport) -> None:
         """A process died: its streams end, nobody reaches it."""
         peer = transport.local
-        for other in sorted(self.network._transports.keys() - {peer}):
-            self.network.cut(peer, other)
-        self.network.forget(transport.inner)
-        for other in sorted(self.network._transports.keys() - {peer}):
+        self._forget(self.network, peer)
+        if peer in self.lan._transports:
+            self._forget(self.lan, peer)
+
+    def _forget(self, network: MemoryNetwork, peer: PeerId) -> None:
+        for other in sorted(network._transports.keys() - {peer}):
+            network.cut(peer, other)
+        network._transports.pop(peer, None)
+        for other in sorted(network._transports.keys() - {peer}):
             if not self._cuts.get(_sorted(peer, other)):
-                self.network.heal(peer, other)
+                network.heal(peer, other)
                 if self._freezes.get(_sorted(peer, other)):
-                    self.network.freeze(peer, other)
+                    network.freeze(peer, other)
 
     def passed(self, pair: Pair, data: bytes, now: float) -> tuple[list[bytes], bool]:
         """What arrives of a write, and whether the way tears after it."""
@@ -250,6 +287,10 @@ class WiredTransport:
     def check(self) -> None:
         self.inner.check()
 
+    async def died(self) -> None:
+        """There is no daemon that could: never returns."""
+        await asyncio.get_running_loop().create_future()
+
     def hang_up(self, peer: PeerId) -> None:
         NOBODY.run(self.inner.hang_up, peer)
 
@@ -290,7 +331,7 @@ class WiredStream:
             NOBODY.run(self._inner.write, frames)
             self._echo(frames)
         if torn:
-            NOBODY.run(self._tear)
+            NOBODY.run(self._wires.tear, self._pair)
 
     def _moved(self, frames: list[bytes]) -> list[bytes]:
         """Hold a frame back until another has gone before it."""
@@ -326,14 +367,6 @@ class WiredStream:
         if self._held:
             held, self._held = self._held, []
             self._inner.write(held)
-
-    def _tear(self) -> None:
-        """Cut once the half has arrived; whoever tore the way heals it."""
-        delay_s = self._wires.network.wire(*self._pair).delay_s
-        loop = asyncio.get_running_loop()
-        a, b = self._pair
-        loop.call_later(delay_s + 1e-3, self._wires.cut, a, b, "torn")
-        loop.call_later(delay_s + 0.5, self._wires.heal, a, b, "torn")
 
     async def drain(self) -> None:
         await self._inner.drain()

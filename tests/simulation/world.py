@@ -6,13 +6,14 @@
 
 Real is everything between a caller's `stream` and the integers that a device computes: the whole
 client (`AsyncClient` with its planner, opener, sessions and repair), links, stage tables, leases,
-scheduler, announcements and their signatures. What stands in for something is listed in `peers.py`
-(engine thread, runner), `board.py` (DHT) and `wires.py` (network). The caller's process and each
-peer's can be stopped and killed (`processes.py`); what goes wrong is drawn in `faults.py`; what
-must hold is said in `invariants.py`.
+scheduler, announcements and their signatures; in some seeds groups of a LAN with their formation,
+invitations, epochs and collectives. What stands in for something is listed in `peers.py` (engine
+thread, runner), `lan.py` (a group's threads and tensors), `board.py` (DHT) and `wires.py`
+(network). The caller's process and each peer's can be stopped and killed (`processes.py`); what
+goes wrong is drawn in `faults.py`; what must hold is said in `invariants.py`.
 
     0 s           peers announce themselves
-    SETTLED_S     clients join, requests begin to come, faults begin
+    settled_s     clients join, requests begin to come, faults begin
     faults_end_s  everything that was harmed is well again
     afterwards    the swarm must serve again; requests end; clients close; nothing may be held
 
@@ -23,52 +24,35 @@ that a change of code changes the scenario of a seed).
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
-import os
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
-import hexswarm.tracing
 from hexswarm.directory import ANNOUNCE_S, EXPIRE_S
 from hexswarm.peer.steps import Row, SessionKey
 from hexswarm.records import PeerId
 from tests.simulation import faults, invariants, processes
 from tests.simulation.board import Board
 from tests.simulation.clients import SimulatedClient
-from tests.simulation.invariants import Ask, Judge, Listener
+from tests.simulation.invariants import Ask, Judge
+from tests.simulation.lan import LAN_DELAY_S, GroupPeer, GroupSpec
+from tests.simulation.outcome import Outcome, controlled
 from tests.simulation.peers import LEASE_S, PeerSpec, SimulatedPeer, name_of
-from tests.simulation.plans import FIRST_CLIENT, LAYERS, ROOMY, SETTLED_S, Plan, draw
+from tests.simulation.plans import FIRST_CLIENT, LAYERS, ROOMY, Plan, draw
 from tests.simulation.processes import Process
 from tests.simulation.stranger import Stranger
+from tests.simulation.watch import Watch
 from tests.simulation.wires import Trace, Wires
 
 DEADLINE_S = 75.0
 """A request ends so long after it was made or the last fault ended, whichever is later."""
 SERVE_AGAIN_S = 2 * ANNOUNCE_S
+GROUPS_S = 40.0
+"""So long after the faults groups are waited for, which leave a member out that failed often."""
 AMPLE_S = 25.0
 """For a client to read a record that is shown: two periods, if one reading failed."""
 LOOK_S = 0.25
 """Period of looking at the rules."""
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What came of a seed."""
-
-    seed: int
-    broken: tuple[tuple[str, str], ...]
-    trace: str
-    events: int
-    done: int
-    failed: int
-    abandoned: int
-    stalls_s: tuple[float, ...]
-    """Longest wait between tokens of each request that was answered while faults happened."""
-    virtual_s: float
-    lines: tuple[str, ...] = field(default=(), repr=False)
 
 
 class World:
@@ -85,10 +69,12 @@ class World:
         self.peers: dict[int, SimulatedPeer] = {}
         self.clients: dict[int, SimulatedClient] = {}
         self.asks: list[Ask] = list(plan.asks)
-        self.numbers = (*(spec.number for spec in plan.specs), *plan.clients)
+        specs = (*plan.specs, *plan.lan)
+        self.numbers = (*(spec.number for spec in specs), *plan.clients)
         self.dead_since_s: dict[SessionKey, float] = {}
         self.told_s: dict[PeerId, float] = {}
-        self._specs = {spec.number: spec for spec in plan.specs}
+        self._specs: dict[int, PeerSpec] = {spec.number: spec for spec in specs}
+        self.watch = Watch(self)
         self._ways = random.Random(f"ways {plan.seed}")
         self._past: list[Process] = []
         """Of peers and clients that were killed or have left."""
@@ -106,7 +92,18 @@ class World:
 
     def delay_s(self, a: int, b: int) -> float:
         """The usual one-way delay between two numbers."""
+        here, there = self._specs.get(a), self._specs.get(b)
+        if isinstance(here, GroupSpec) and isinstance(there, GroupSpec) and here.name == there.name:
+            return LAN_DELAY_S
         return self.plan.delay_s * (1 + (a * 7 + b * 7) % 5)
+
+    def spec_of(self, peer: PeerId) -> PeerSpec:
+        return next(spec for spec in self._specs.values() if spec.peer == peer)
+
+    @property
+    def serving_now(self) -> list[SimulatedPeer]:
+        """Those that have an engine: not who waits for its group, or follows a leader."""
+        return [peer for peer in self.peers.values() if peer.engine is not None]
 
     def serving(self, number: int) -> SimulatedPeer | None:
         peer = self.peers.get(number)
@@ -116,7 +113,7 @@ class World:
         """SIGKILL: its streams end, its tasks with them."""
         peer.gone = True
         self.wires.drop(peer.transport)
-        peer.engine.stop()
+        peer.halt()
         peer.process.kill()
         self._past.append(peer.process)
         del self.peers[peer.spec.number]
@@ -170,12 +167,15 @@ class World:
         now, judge = self.now, self.judge
         self._stir(now)
         self._bury(now)
-        for peer in self.peers.values():
+        for peer in self.serving_now:
             judge.hear("I3", invariants.leases_add_up(peer))
             if not peer.process.stopped:
                 dead = self.dead_since_s
                 judge.hear("I3", invariants.leases_end(peer, dead, self._calm_s, now))
+        for peer in self.peers.values():
+            if not peer.process.stopped:
                 judge.hear("I6", self._believed(peer, now))
+        self.watch.look(now)
         for number in self._specs:
             shown = self.board.last(name_of(number))
             if shown is not None:
@@ -220,7 +220,7 @@ class World:
         for client in self.clients.values():
             if not client.killed:
                 alive.update(client.runtime._sessions)
-        for peer in self.peers.values():
+        for peer in self.serving_now:
             for session in peer.engine.tables.sessions:
                 if session not in alive and not self.stranger.owns(session):
                     self.dead_since_s.setdefault(session, now)
@@ -248,6 +248,7 @@ class World:
     def _healthy(self, peer: SimulatedPeer, client: SimulatedClient) -> bool:
         return (
             peer.process.running
+            and not isinstance(peer, GroupPeer)  # it may be gone with any of its members
             and peer.state == "online"
             and peer.spec.blocks == ROOMY
             and not self.stranger.hogs(peer.peer)
@@ -285,8 +286,11 @@ class World:
 
     def _start(self, spec: PeerSpec) -> None:
         rng = random.Random(self._ways.random())
-        peer = SimulatedPeer(spec, self.wires, self.board, rng, self.on_row)
-        peer.engine.on_pick = lambda row: self.on_pick(peer, row)
+        if isinstance(spec, GroupSpec):
+            peer: SimulatedPeer = GroupPeer(spec, self, rng)
+        else:
+            peer = SimulatedPeer(spec, self.wires, self.board, rng, self.on_row)
+            peer.engine.on_pick = lambda row: self.on_pick(peer, row)
         self.peers[spec.number] = peer
         peer.main = peer.process.spawn(peer.serve())
 
@@ -296,10 +300,10 @@ class World:
         for a in self.numbers:
             for b in self.numbers:
                 if a < b:
-                    self.wires.network.shape(name_of(a), name_of(b), delay_s=self.delay_s(a, b))
-        for spec in plan.specs:
+                    self.wires.shape(name_of(a), name_of(b), self.delay_s(a, b))
+        for spec in self._specs.values():
             self._start(spec)
-        await asyncio.sleep(SETTLED_S - 0.5)
+        await asyncio.sleep(plan.settled_s - 0.5)
         for number in plan.clients:
             client = self.clients[number] = SimulatedClient(number, self)
             client.process.spawn(client.start())
@@ -314,6 +318,9 @@ class World:
         if not self.judge.found:
             again = invariants.serves_again(served_s, plan.faults_end_s, SERVE_AGAIN_S)
             self.judge.hear("I7", again)
+        formed_s = plan.faults_end_s + GROUPS_S
+        while self.watch.waiting and not self.judge.found and self.now < formed_s:
+            await self._watch_until(self.now + LOOK_S)
         while not self.judge.found and any(ask.ended_s is None for ask in self.asks):
             await self._watch_until(self.now + LOOK_S)
         await self._watch_until(self._forgotten_s())
@@ -412,28 +419,6 @@ class World:
             await self._leave(peer)
 
 
-@contextlib.contextmanager
-def controlled(seed: int) -> Iterator[Listener]:
-    """No chance and no disk but the seed's; errors are heard instead of printed."""
-    listener, urandom, save = Listener(), os.urandom, hexswarm.tracing.save
-    loggers = [logging.getLogger(name) for name in ("hexswarm", "asyncio")]
-    before = [(logger.level, logger.propagate) for logger in loggers]
-    os.urandom = random.Random(f"bytes {seed}").randbytes
-    hexswarm.tracing.save = lambda *_: None
-    for logger in loggers:
-        logger.addHandler(listener)
-        logger.setLevel(logging.ERROR)
-        logger.propagate = False
-    try:
-        yield listener
-    finally:
-        os.urandom, hexswarm.tracing.save = urandom, save
-        for logger, (level, propagate) in zip(loggers, before, strict=True):
-            logger.removeHandler(listener)
-            logger.setLevel(level)
-            logger.propagate = propagate
-
-
 def play(seed: int, *, quiet: bool = False, keep: int = 0, plan: Plan | None = None) -> Outcome:
     """Run the world of a seed; `keep` so many events in words."""
     plan = plan or draw(seed, quiet=quiet)
@@ -463,5 +448,9 @@ def play(seed: int, *, quiet: bool = False, keep: int = 0, plan: Plan | None = N
         abandoned=sum(ask.abandoned for ask in asks),
         stalls_s=tuple(ask.stall_s for ask in asks if ask.done),
         virtual_s=virtual_s,
+        epochs=world.watch.epochs_served,
+        sums=world.watch.account.sums,
+        shown_s=world.watch.longest_shown_s,
+        away_s=world.watch.longest_away_s,
         lines=tuple(world.trace.lines),
     )

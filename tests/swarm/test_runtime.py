@@ -230,6 +230,7 @@ async def test_a_refusal_is_told_in_the_same_breath() -> None:
     async with world(*THREE, delay_s=0.01) as w:
         await (await w.opened()).extend(60)  # so that all links exist
         w.runtime.close_all()
+        w.runtime.closed = False
         await w.settle()
         w.network.shape(CLIENT, PeerId("p2"), delay_s=5.0)
         w.peers[1].server.carry_out(w.peers[1].host.table.drain(9.0))
@@ -250,6 +251,7 @@ async def test_who_refuses_a_moment_later_is_known_as_well() -> None:
     async with world(*THREE) as w:
         await w.opened()
         w.runtime.close_all()
+        w.runtime.closed = False
         await w.settle()
         for index in (0, 2):
             w.peers[index].server.carry_out(w.peers[index].host.table.drain(9.0))
