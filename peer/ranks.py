@@ -2,8 +2,8 @@
 
 `Ranks` loads this process's part, starts one child for each other part (`hexswarm.peer.rank`), and
 gives them commands; its `shard` stands where a `Shard` does (`hexswarm.peer.led`). Ranks on a CPU
-add up through shared memory; ranks with a GPU each through NCCL, which they join once all have
-loaded.
+add up through shared memory; ranks with a GPU each through memory that they link once all have
+loaded (`hexswarm.peer.device_group`).
 
 The children live as long as their group. If one dies, freezes or cannot compute, or if this process
 fails in the midst of a command, the ranks are no longer in step: `lost` says so, and so does each
