@@ -80,8 +80,8 @@ PREFILL = "several"
 there are "several" sessions in the batch, or a prefix; "always"; or "never"."""
 
 MIXTURES = "grouped"
-"""How a mixture of experts is computed on a GPU: "grouped", by `hexswarm.kernels.experts` and inside
-the graph, or in a "loop" over experts, which takes 17 to 60 times as long for a decode step."""
+"""How a mixture of experts is computed on a GPU: "grouped", by `hexswarm.kernels.experts`, in the
+graph, or in a "loop" over experts, which takes 17 to 32 times as long for a decode step."""
 
 
 def ragged_prefill(extents: Sequence[Extent], rule: str | None = None) -> bool:

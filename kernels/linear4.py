@@ -243,7 +243,8 @@ def linear4(
     block_n, words, warps, stages = shape or SHAPE
     _matrix4[(triton.cdiv(outputs, block_n),)](
         *(*pointers, tokens, *strides), **fixed, BLOCK_N=block_n, WORDS=min(words, group),
-        ROWS=8 if tokens <= 8 else 16, PTX=_speaks_ptx(x), EXACT="ieee" if x.dtype == torch.float32 else "tf32",
+        ROWS=8 if tokens <= 8 else 16, PTX=_speaks_ptx(x),
+        EXACT="ieee" if x.dtype == torch.float32 else "tf32",
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
