@@ -208,14 +208,18 @@ class Leader:
                 self._epochs[item.group.group] = max(known, item.group.epoch)
 
     def _strike(self, peer: PeerId, refusal: Refusal, now: float) -> None:
-        """Leave a member out that said no; once we may simply have been behind with the count."""
+        """Leave a member out that said no.
+
+        Once we may simply have been behind with the count, or the member with reading our record:
+        whom it does not know is far.
+        """
         assert self.attempt is not None
         invitation = self.attempt.invitation
         epoch = invitation.epoch
         behind = refusal.code == "stale" and epoch <= refusal.epoch <= epoch + MOST_JUMP
         if behind:
             self._epochs[invitation.group] = refusal.epoch
-        self._standing.strike(peer, now, first_free=behind)
+        self._standing.strike(peer, now, first_free=behind or refusal.code == "far")
 
     def _end(self, how: str, but: PeerId | None = None) -> Actions:
         """The attempt is over, whatever it was; everybody learns so `but` who knows."""
