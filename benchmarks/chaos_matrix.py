@@ -161,7 +161,9 @@ class Matrix:
     def _client(self) -> AsyncClient:
         self._clients += 1
         home = self._swarm.home / f"client-{self._clients}"
-        return AsyncClient(self._swarm.bootstrap, model=self._swarm.model, home=home)
+        client = AsyncClient(self._swarm.bootstrap, model=self._swarm.model, home=home)
+        client._runtime.secret = b""  # prompts have no names: each is computed, none is found
+        return client
 
     async def _learn(self, batches: list[list[Case]]) -> None:
         """The undisturbed answers that these cases need."""
