@@ -77,6 +77,8 @@ ASK_AGAIN_S = 0.7
 """Least time between two questions to the stages; else a quarter of the deadline."""
 STUCK_QUESTIONS = 3
 """So many times in a row nothing had moved: over 1.4 s, or half of the deadline."""
+STUCK_S = 2.0
+"""Least time without a move after the deadline, for one that has all that it needs."""
 WINDOW = 8
 """Steps whose median is the pace."""
 SLOWER = 3.0
@@ -282,6 +284,8 @@ class Detector:
         self._asked_s = -math.inf
         self._told: dict[PeerId, tuple[int, int]] = {}
         self._unmoved = 0
+        self._still_s = now
+        """Since when nobody told of a move."""
         self._checks_pace = False
 
     # --- what is known --------------------------------------------------------------------------
@@ -336,12 +340,14 @@ class Detector:
         if not told:  # nobody is heard: that is for `_waiting` to judge
             return []
         where = {peer: (item.received, item.done) for peer, item in told.items()}
-        self._unmoved = self._unmoved + 1 if where == self._told else 1
-        self._told = where
+        if where != self._told:
+            self._told, self._unmoved, self._still_s = where, 0, now
+        self._unmoved += 1
         if self._unmoved < STUCK_QUESTIONS:
             return []
         found = culprit(self._stages, told, known)
-        if found.beside is None and now - self._token_s < self._stuck_s:
+        busy = min(now - self._still_s, now - self._token_s - self.deadline_s) < self._stuck_s
+        if found.beside is None and busy:
             return []
         self._unmoved = 0
         return [found]
@@ -400,8 +406,8 @@ class Detector:
 
     @property
     def _stuck_s(self) -> float:
-        """Time without a token after which one that was not seen to move is left."""
-        return self.deadline_s + (STUCK_QUESTIONS - 1) * self._ask_again_s
+        """So long after the deadline nothing may have moved: one that computes may be busy."""
+        return max(STUCK_S, self.deadline_s / 2)
 
     def _pace(self, now: float) -> list[Decision]:
         if len(self._steps) < WINDOW or now < self._slow_after_s:

@@ -96,7 +96,7 @@ class Opener:
         self._member = member
         self._runtime = runtime
         self._clock = clock
-        self.vigil = Vigil(planner, member, clock)
+        self.vigil = Vigil(member, clock)
 
     async def open(
         self,

@@ -6,9 +6,10 @@ our link is dead, of which nobody was told (a half-open link, a machine without 
 all of it while others could take over. A stage that lives answers pings, whatever it waits for.
 
 So a stage that has not answered is pinged, and given up once no ping was answered for as long as
-`hexswarm.detector.Pulse` allows, which is more where answers are late in general. What else comes
-from it does not count: of a link of which one direction is dead, it may be the other that we hear.
-A peer without a link is being dialled, which has limits of its own.
+`hexswarm.detector.Pulse` allows, while others answer promptly: where answers are late in general, a
+crowd is there, and patience is all that helps. What else comes from the stage does not count: of a
+link of which one direction is dead, it may be the other that we hear. A peer without a link is
+being dialled, which has limits of its own. Whether it is used again is for the opener to say.
 
 Rejected: a shorter deadline for all (honest stages behind slow ways would never open); asking a
 second route meanwhile in any case (each open holds KV at every stage of it for ten seconds).
@@ -22,9 +23,8 @@ from typing import Any
 
 from hexswarm.blame import lost
 from hexswarm.clock import Clock
-from hexswarm.detector import BEAT_S, NEW_PATIENCE, Pulse
+from hexswarm.detector import BEAT_S, Pulse
 from hexswarm.membership import Membership
-from hexswarm.planning import Planner
 from hexswarm.records import PeerId
 from hexswarm.runtime import OpenSession
 
@@ -35,8 +35,7 @@ WITNESSES = 8
 class Vigil:
     """One for each client."""
 
-    def __init__(self, planner: Planner, member: Membership, clock: Clock) -> None:
-        self._planner = planner
+    def __init__(self, member: Membership, clock: Clock) -> None:
         self._member = member
         self._clock = clock
 
@@ -69,15 +68,11 @@ class Vigil:
         }
         for peer in pulse.beat(now, silent_s):
             links.ping(peer)
-        if not pulse.heard(pulse.peers):
-            return  # it is we who are cut off, as far as can be told
         for stage in session.machine.silent:
             if links.connected(stage.peer) and self._silent(stage.peer, pulse, now):
-                self._planner.failed(stage.peer)
                 how = f"was silent for {pulse.quiet_s(stage.peer):.1f} s"
                 raise lost(session.route, stage.peer, how)
 
     def _silent(self, peer: PeerId, pulse: Pulse, now: float) -> bool:
         rtts_s = self._member.links.rtts
-        patience = 1.0 if pulse.alone(peer, rtts_s) else NEW_PATIENCE
-        return pulse.silent(peer, now, rtts_s.get(peer, 0.0), patience)
+        return pulse.alone(peer, rtts_s) and pulse.silent(peer, now, rtts_s.get(peer, 0.0))

@@ -294,7 +294,7 @@ def test_a_ring_that_stands_still_is_asked_and_the_fault_is_read_along_it(
     assert isinstance(made, Suspect)
     assert made.peer == blamed
     lost = made.beside is not None
-    assert client.asked == (3 if lost else 5)
+    assert client.asked == (3 if lost else 6)
     assert client.now - began_s < (3.0 if lost else 5.0), "a frame is lost, or somebody is slow"
     assert culprit(STAGES, told, 160) == made
 
