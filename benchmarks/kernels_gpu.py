@@ -111,23 +111,30 @@ def sets(case: Case, device: str) -> list[Callable[[], Any]]:
     return [first, *(case.make() for _ in range(count - 1))]
 
 
+def wanted(given: argparse.Namespace, kernel: str) -> bool:
+    """Was this asked for?"""
+    return not given.only or any(word in kernel for word in given.only)
+
+
 def warm(given: argparse.Namespace, part: int, parts: int) -> None:
     """Run each thing once in a process of its own, so that Triton's cache on disk has it."""
-    for at, check in enumerate(CHECKS.values()):
+    checks = [check for kernel, check in CHECKS.items() if wanted(given, kernel)]
+    for at, check in enumerate(checks):
         if at % parts == part:
             with contextlib.suppress(Exception):  # it shows again, and is told, where it counts
                 check(given.device)
-    for at, case in enumerate(cases(given.device)):
+    timed = [] if given.check else cases(given.device)
+    for at, case in enumerate(case for case in timed if wanted(given, case.kernel)):
         if at % parts == part:
             with contextlib.suppress(Exception), torch.inference_mode():
                 case.make()()
                 torch.cuda.empty_cache()
 
 
-def compile_all(workers: int) -> float:
+def compile_all(given: argparse.Namespace) -> float:
     """Compile on many processors at a time; seconds."""
-    began = time.perf_counter()
-    command = [sys.executable, str(Path(__file__)), "--warm"]
+    began, workers = time.perf_counter(), given.workers
+    command = [sys.executable, str(Path(__file__)), *sys.argv[1:], "--warm"]
     started = [subprocess.Popen([*command, f"{i}/{workers}"]) for i in range(workers)]
     try:
         for process in started:
@@ -152,30 +159,27 @@ def main(given: argparse.Namespace) -> None:
         warm(given, part, parts)
         return
     if given.workers and device != "cpu":
-        print(f"compiled in {compile_all(given.workers):.0f} s; seed {seed}", flush=True)
+        print(f"compiled in {compile_all(given):.0f} s; seed {seed}", flush=True)
     read, matrix = ceilings(device)
     name = torch.cuda.get_device_name() if device != "cpu" else "cpu"
     report = Report(name, read, matrix, torch.__version__)
     print(f"{name}: reads {read:.3f} TB/s, multiplies {matrix:.0f} TFLOP/s", flush=True)
     began = time.perf_counter()
 
-    def wanted(kernel: str) -> bool:
-        return not given.only or any(word in kernel for word in given.only)
-
     for kernel, check in CHECKS.items():
-        if not wanted(kernel):
+        errors = check(device) if wanted(given, kernel) else []
+        if not errors:
             continue
-        errors = check(device)
         for what, error, bound in errors:
             if not error <= bound:
                 report.failed.append(f"{kernel}: {what}: {error:.2e} > {bound:g}")
         worst = max(errors, key=lambda found: found[1] / max(found[2], 1e-30))
-        print(f"checked {kernel:22} {len(errors):3} cases, worst {worst[0]}: {worst[1]:.1e} "
+        print(f"checked {kernel:42} {len(errors):3} cases, worst {worst[0]}: {worst[1]:.1e} "
               f"(bound {worst[2]:g})", flush=True)  # fmt: skip
     print(f"checks took {time.perf_counter() - began:.0f} s; FAILED: {report.failed or 'none'}")
     if not given.check:
         for case in cases(device, tiny=device == "cpu"):
-            if wanted(case.kernel):
+            if wanted(given, case.kernel):
                 _time(case, report, device)
     took_s = round(time.perf_counter() - began, 1)
     print(json.dumps({**asdict(report), "took_s": took_s}))

@@ -7,6 +7,7 @@ and bound.
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Iterator, Sequence
 
@@ -53,51 +54,48 @@ def _finish(wanted: Tensor, bias: Tensor, out: Tensor, form: str) -> Tensor:
     return wanted + out.double() if form == "add" else wanted
 
 
-def products(device: str) -> list[Found]:
-    """`linear`, both forms of `linear4`, and `product` with widening, in every form of call."""
-    found = []
+def products(device: str, bits: int, dtype: torch.dtype, form: str) -> list[Found]:
+    """`linear`, both forms of `linear4`, and `product` with widening, in one form of call."""
+    found, bound = list[Found](), bounds(device).get(dtype)
+    if bound is None:
+        return found
     sizes = ((72, 384),) if device == "cpu" else ((72, 384), (4096, 4096), (200, 2304))
     for outputs, inputs in sizes:
-        for dtype, bound in bounds(device).items():
-            for bits in (16, 8, 4):
-                weight = torch.randn(outputs, inputs, device=device).to(dtype)
-                used = weight if bits == 16 else quantise(weight, bits)
-                exact = weight.double() if bits == 16 else dequantise(used, torch.float64)
-                found += _calls(device, used, exact, bits, dtype, bound)
+        weight = torch.randn(outputs, inputs, device=device).to(dtype)
+        used = weight if bits == 16 else quantise(weight, bits)
+        exact = weight.double() if bits == 16 else dequantise(used, torch.float64)
+        found += _calls(device, used, exact, bits, dtype, form, bound)
     return found
 
 
-def _calls(device, used, exact, bits, dtype, bound) -> Iterator[Found]:  # type: ignore[no-untyped-def]
+def _calls(device, used, exact, bits, dtype, form, bound) -> Iterator[Found]:  # type: ignore[no-untyped-def]
     outputs, inputs = exact.shape
     bias = torch.randn(outputs, device=device).to(dtype)
     for tokens in (1,) if device == "cpu" else (1, 3, 16, 40):
-        for form in ("plain", "gated", "add", "bias"):
-            x = torch.randn(tokens, inputs, device=device).to(dtype)
-            width = outputs // 2 if form == "gated" else outputs
-            options = {
-                "gated": form == "gated", "add": form == "add",
-                "bias": bias if form == "bias" else None,
-            }  # fmt: skip
-            ways: list[tuple[str, Callable[..., Tensor]]] = []
-            if tokens <= 16:
-                ways.append(("linear", linear))
-            if bits == 4 and tokens <= 16:
-                ways.append(("vector", lambda *a, **o: linear4(*a, form="vector", **o)))
-                if dtype != torch.float32 and inputs % 512 == 0:
-                    ways.append(
-                        ("matrix 64", lambda *a, **o: linear4(*a, shape=(64, 64, 4, 3), **o))
-                    )
-            if tokens > 16:
-                ways.append(("product", product))
-            for name, way in ways:
-                out = poisoned(tokens, width, dtype=dtype, device=device)
-                if form == "add":
-                    out = torch.randn(tokens, width, device=device).to(dtype)
-                wanted = _finish(x.double() @ exact.T, bias, out, form)
-                held = used.t() if name == "product" and bits == 16 else used
-                way(x, held, out, **options)
-                label = f"{name} {bits} bits {outputs}x{inputs} x{tokens} {form} {dtype}"
-                yield label, off(out, wanted), bound
+        x = torch.randn(tokens, inputs, device=device).to(dtype)
+        width = outputs // 2 if form == "gated" else outputs
+        options = {
+            "gated": form == "gated", "add": form == "add",
+            "bias": bias if form == "bias" else None,
+        }  # fmt: skip
+        ways: list[tuple[str, Callable[..., Tensor]]] = []
+        if tokens <= 16:
+            ways.append(("linear", linear))
+        if bits == 4 and tokens <= 16:
+            ways.append(("vector", lambda *a, **o: linear4(*a, form="vector", **o)))
+            if dtype != torch.float32 and inputs % 512 == 0:
+                ways.append(("matrix 64", lambda *a, **o: linear4(*a, shape=(64, 64, 4, 3), **o)))
+        if tokens > 16:
+            ways.append(("product", product))
+        for name, way in ways:
+            out = poisoned(tokens, width, dtype=dtype, device=device)
+            if form == "add":
+                out = torch.randn(tokens, width, device=device).to(dtype)
+            wanted = _finish(x.double() @ exact.T, bias, out, form)
+            held = used.t() if name == "product" and bits == 16 else used
+            way(x, held, out, **options)
+            label = f"{name} {bits} bits {outputs}x{inputs} x{tokens} {form} {dtype}"
+            yield label, off(out, wanted), bound
 
 
 def widening(device: str) -> list[Found]:
@@ -282,9 +280,17 @@ def mixtures(device: str) -> list[Found]:
 CHECKS: dict[str, Callable[[str], list[Found]]] = {
     "sample": choices,
     "prefill, paged": attention,
-    "linear, int4, product": products,
+    **{
+        f"linear, int4, product: {bits} bits, {str(dtype)[6:]}, {form}": functools.partial(
+            products, bits=bits, dtype=dtype, form=form
+        )
+        for bits in (16, 8, 4)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        for form in ("plain", "gated", "add", "bias")
+    },
     "widen": widening,
     "rms_norm, silu, rope": passes,
     "experts": mixtures,
     "narrow": narrowing,
 }
+"""Many small ones: they compile at the same time."""

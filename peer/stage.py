@@ -90,6 +90,7 @@ class StageTable:
         self._leaving: list[Account] = []
         """Of the decode steps in the batch that is being sent on."""
         self._finished_s = 0.0
+        self._computed = 0
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -377,8 +378,8 @@ class StageTable:
             return []
         self._renew(session)
         here, order = (session.key, session.epoch, message.nonce), session.order
-        step_s = session.account.lately_s()
-        return [Send(peer, Progress(*here, order.received, order.done, step_s))]
+        far = order.received, order.done, session.account.lately_s()
+        return [Send(peer, Progress(*here, *far, self._computed))]
 
     def _renew(self, session: StageSession) -> None:
         """Its owner cares for it while it has to wait for others; the ledger bounds that."""
@@ -417,6 +418,7 @@ class StageTable:
         self._finished_s = now
         me = self._hosted.peer
         for result in results:
+            self._computed += result.error is None
             row = result.row
             session = self._sessions.get(row.session)
             if session is None or row.epoch != session.epoch:

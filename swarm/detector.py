@@ -10,9 +10,11 @@ words on how far they are (`Progress`). Each catches what the others cannot:
 - *deadline*: no token for `max(DEADLINE_S, 10 x mean step)`, although all are alive. All stages
   were asked before, and are asked again; as long as anything moved between two answers the ring is
   slow, not stuck. If nothing moved, fault is read along the ring (`culprit`): the first stage that
-  has input but no output hangs; a stage that lacks what the one before it sent is cut off from it.
-  The latter is not a matter of how busy anybody is, so the questions begin as soon as the token
-  should have come, and a lost frame is found long before the deadline.
+  has input but no output hangs, unless it computes for others (that bears waiting for `BUSY_S`); a
+  stage that lacks what the one before it sent is cut off from it. The latter is not a matter of how
+  busy anybody is, so the questions begin as soon as the token should have come, and a lost frame is
+  found long before the deadline. Where the answers tell of work they are asked for less and less
+  often: a crowd of sessions that wait is no time for many questions.
 - *pace*: the median of the last eight steps is `SLOWER` times the best of this turn, or what was
   predicted. The stage that takes far longer than it announced is named; whether leaving it pays is
   for the planner to say.
@@ -75,10 +77,14 @@ FIRST_S = 4.0
 """The same for the first token; else four times the predicted time to it."""
 ASK_AGAIN_S = 0.7
 """Least time between two questions to the stages; else a quarter of the deadline."""
+ASK_MOST_S = 2.0
+"""And the most, if they tell of work."""
 STUCK_QUESTIONS = 3
 """So many times in a row nothing had moved: over 1.4 s, or half of the deadline."""
 STUCK_S = 2.0
 """Least time without a move after the deadline, for one that has all that it needs."""
+BUSY_S = 30.0
+"""However much it computes for others: so long without a move it is left."""
 WINDOW = 8
 """Steps whose median is the pace."""
 SLOWER = 3.0
@@ -282,7 +288,11 @@ class Detector:
         self._mean_s = 0.0
         self._best_s = math.inf
         self._asked_s = -math.inf
+        self._ask_more_s = 0.0
+        """So much later than usual the stages are asked again: they are at work."""
         self._told: dict[PeerId, tuple[int, int]] = {}
+        self._computed: dict[PeerId, tuple[int, float]] = {}
+        """What each told last of its work for all, and when it had last told another number."""
         self._unmoved = 0
         self._still_s = now
         """Since when nobody told of a move."""
@@ -340,23 +350,36 @@ class Detector:
         if not told:  # nobody is heard: that is for `_waiting` to judge
             return []
         where = {peer: (item.received, item.done) for peer, item in told.items()}
-        if where != self._told:
+        first, moved = not self._told, where != self._told
+        if moved:
             self._told, self._unmoved, self._still_s = where, 0, now
         self._unmoved += 1
-        if self._unmoved < STUCK_QUESTIONS:
-            return []
+        for peer, item in told.items():
+            if self._computed.get(peer, (-1, now))[0] != item.computed:
+                self._computed[peer] = item.computed, now
         found = culprit(self._stages, told, known)
-        busy = min(now - self._still_s, now - self._token_s - self.deadline_s) < self._stuck_s
-        if found.beside is None and busy:
-            return []
-        self._unmoved = 0
-        return [found]
+        if found.beside is not None:
+            self._ask_later(moved and not first)
+            return self._leave(found) if self._unmoved >= STUCK_QUESTIONS else []
+        late_s, still_s = now - self._token_s - self.deadline_s, now - self._still_s
+        idle_s = min(still_s, now - self._computed.get(found.peer, (0, -math.inf))[1])
+        self._ask_later(idle_s <= 0.0 and not first)
+        stuck = min(late_s, idle_s) >= self._stuck_s or min(late_s, still_s) >= BUSY_S
+        return self._leave(found) if stuck and self._unmoved >= STUCK_QUESTIONS else []
 
     # --- inside ---------------------------------------------------------------------------------
 
+    def _leave(self, found: Suspect) -> list[Decision]:
+        self._unmoved = 0
+        return [found]
+
+    def _ask_later(self, at_work: bool) -> None:
+        more_s = self._ask_more_s + ASK_AGAIN_S / 2 if at_work else 0.0
+        self._ask_more_s = min(more_s, ASK_MOST_S - ASK_AGAIN_S)
+
     def _count(self, now: float, tokens: int) -> None:
         step_s = (now - self._token_s) / tokens
-        self._token_s, self._told, self._unmoved = now, {}, 0
+        self._token_s, self._told, self._unmoved, self._ask_more_s = now, {}, 0, 0.0
         if self._first:  # the time to the first token is no step, but no step takes longer
             self._first, self._mean_s = False, min(self._predicted_s, step_s)
             return
@@ -402,7 +425,7 @@ class Detector:
 
     @property
     def _ask_again_s(self) -> float:
-        return max(ASK_AGAIN_S, self.deadline_s / 4)
+        return max(ASK_AGAIN_S + self._ask_more_s, self.deadline_s / 4)
 
     @property
     def _stuck_s(self) -> float:

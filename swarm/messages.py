@@ -25,7 +25,7 @@ import msgpack
 from hexswarm.errors import LocalProtocolError, RemoteProtocolError, UsageError
 from hexswarm.records import DTYPES, Load, PeerId, Sampling, Span
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_HEADER_BYTES = 8192
 """An `Open` with eight addresses needs about 1 kB."""
 
@@ -474,6 +474,8 @@ class Progress(Message):
     """Output of positions [0, done) was sent on."""
     step_s: float = _wire(_amount)
     """Mean seconds from arrival to sending on of the last decode steps; 0 if there were none."""
+    computed: int = _wire(_integer(0, (1 << 63) - 1), default=0)
+    """Steps of any session that were computed here so far: one that works for others is no idler."""
 
 
 @dataclass(frozen=True, slots=True)

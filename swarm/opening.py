@@ -12,10 +12,10 @@ promised to others. A refusal tells the stage's load. So before a request is giv
 said slow are asked once more: by what is known now, other stages may have time to spare for them.
 What remains is NoRoute, with the time per token that can be had.
 
-Where all are full, or the only peers of some layers are about to leave or were lost a moment ago,
-a person would try again, so the opener does: after the time that the refusal names, and as long as
-`patience_s` lasts. A limit that nobody can promise is no such case: waiting is not what was asked
-for. Nor is a swarm that never had the layers.
+Where all are full or busy, or the only peers of some layers are about to leave or were lost a
+moment ago, a person would try again, so the opener does: after the time that the refusal names, and
+as long as `patience_s` lasts. A limit that nobody can promise is no such case: waiting is not what
+was asked for. Nor is a swarm that never had the layers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from hexswarm.clock import Clock
 from hexswarm.errors import HexswarmError, NoRoute, PeerLost, Refused
 from hexswarm.membership import Membership
 from hexswarm.planning import Plan, Planner
-from hexswarm.records import PeerId, Route, RouteRequest
+from hexswarm.records import PeerId, Route, RouteRequest, Stage
 from hexswarm.runtime import OpenSession, SessionRuntime
 from hexswarm.vigil import Vigil
 
@@ -133,7 +133,7 @@ class Opener:
     def _again_s(self, request: RouteRequest, error: NoRoute | Refused | PeerLost) -> float | None:
         """When it is worth trying again; None if it is not."""
         if isinstance(error, Refused):
-            if error.code not in ("full", "busy", "draining"):
+            if error.code not in ("full", "busy", "late", "draining"):
                 return None
             if error.code == "full" and not self._planner.roomy(request):
                 return None
@@ -237,11 +237,17 @@ class Opener:
             # A stage also keeps silent while it waits for the next one: blame one without a link.
             connected = self._member.links.connected
             stage = next((stage for stage in silent if not connected(stage.peer)), silent[0])
-            how = f"did not open within {connect_s:.0f} s"
-            raise PeerLost(stage.peer, (stage.span.first, stage.span.end), how) from None
+            raise self._late(stage, connect_s) from None
         except BaseException:
             session.close()
             raise
+
+    def _late(self, stage: Stage, connect_s: float) -> Refused | PeerLost:
+        """One that answers pings is busy, and worth asking again."""
+        how = f"did not open within {connect_s:.0f} s"
+        if self._member.links.missed_s(stage.peer, self._clock.monotonic()) < HEARD_S:
+            return Refused(stage.peer, "late", f"is busy, and {how}", LONGEST_WAIT_S)
+        return PeerLost(stage.peer, (stage.span.first, stage.span.end), how)
 
     def forget_lost(self, error: Exception) -> None:
         """A peer that was seen dead is not used again until it announces itself anew.

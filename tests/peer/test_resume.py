@@ -817,10 +817,10 @@ def test_progress_tells_who_waits_for_whom_and_how_long_a_step_takes() -> None:
     hidden = Hidden(KEY, 0, 0, 30, 1, True, "float32")
     table.on_frame(PREVIOUS, Frame(hidden, ids(30, 1)), 31.0)
     (send,) = sends(stage.say(CLIENT, AskProgress(KEY, 0, 3)))
-    assert send.message == Progress(KEY, 0, 3, 31, 30, 0.5), "over the last sixteen"
+    assert send.message == Progress(KEY, 0, 3, 31, 30, 0.5, 30), "over the last sixteen"
     stage.reopen()
     (send,) = sends(stage.say(CLIENT, AskProgress(KEY, 1, 4)))
-    assert send.message == Progress(KEY, 1, 4, 30, 30, 0.0), "another route, another account"
+    assert send.message == Progress(KEY, 1, 4, 30, 30, 0.0, 30), "another route, another account"
 
 
 def test_only_the_client_is_told_how_far_a_stage_is() -> None:

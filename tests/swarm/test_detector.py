@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hexswarm.detector import (
+    ASK_MOST_S,
     BEAT_S,
+    BUSY_S,
     MOST_SILENCE_S,
     PING_S,
     SILENCE_S,
@@ -31,8 +33,8 @@ KNOWN = 100
 """Ids of the prompt."""
 
 
-def far(received: int, done: int, step_s: float = 0.0) -> Progress:
-    return Progress(b"s" * 16, 0, 0, received, done, step_s)
+def far(received: int, done: int, step_s: float = 0.0, computed: int = 0) -> Progress:
+    return Progress(b"s" * 16, 0, 0, received, done, step_s, computed)
 
 
 def all_done(known: int) -> dict[PeerId, Progress]:
@@ -312,6 +314,48 @@ def test_a_ring_that_moves_is_slow_and_not_stuck() -> None:
     client.told = told
     assert client.run(60.0) == []
     assert client.asked > 20
+
+
+def test_one_that_computes_for_others_is_busy_and_not_stuck() -> None:
+    """A crowd: our step waits behind those of others, for which it is asked less and less often."""
+    client = Client().running()
+    client.told = lambda: {
+        A: far(160, 160), B: far(160, 159, computed=round(client.now * 10)), C: far(159, 159)
+    }  # fmt: skip
+    began_s = client.now
+    assert client.run(BUSY_S - 1) == []
+    assert client.asked <= BUSY_S / ASK_MOST_S + 5
+    (made,) = client.run(5.0)
+    assert isinstance(made, Suspect)
+    assert made.peer == B
+    assert client.now - began_s < BUSY_S + 4.0, "nobody is starved for ever"
+
+
+def test_one_that_computes_for_nobody_any_more_is_stuck() -> None:
+    client = Client().running()
+    until_s = client.now + 8.0
+    client.told = lambda: {
+        A: far(160, 160),
+        B: far(160, 159, computed=round(min(client.now, until_s) * 10)),
+        C: far(159, 159),
+    }
+    (made,) = client.run(20.0)
+    assert isinstance(made, Suspect)
+    assert made.peer == B
+    assert until_s + 2.0 < client.now < until_s + 6.5
+
+
+def test_work_for_others_is_no_excuse_for_a_frame_that_was_lost() -> None:
+    client = Client().running()
+    client.told = lambda: {
+        peer: far(160 - (peer != A), 160 - (peer != A), computed=round(client.now * 10))
+        for peer in STAGES
+    }
+    began_s = client.now
+    (made,) = client.run(10.0)
+    assert isinstance(made, Suspect)
+    assert (made.peer, made.beside) == (B, A)
+    assert client.now - began_s < 3.0
 
 
 def test_the_first_token_may_take_four_times_what_was_predicted() -> None:

@@ -13,6 +13,7 @@ from hexswarm.client import AsyncClient
 from hexswarm.directory import SignedAnnouncement
 from hexswarm.errors import NetworkError, NoRoute, PeerLost, Refused
 from hexswarm.opening import not_promised
+from hexswarm.peer.actions import Action
 from hexswarm.records import Load, PeerId, RouteRequest
 from hexswarm.runtime import OpenSession
 from tests.asking import PROMPT, SPARED, THREE, client, scenario
@@ -254,6 +255,27 @@ async def test_a_peer_that_we_hear_is_not_forgotten() -> None:
         await asyncio.sleep(4.0)
         c._opener.forget_lost(lost)
         assert "p1" not in known()
+
+
+@scenario
+async def test_a_stage_that_lives_but_does_not_answer_is_busy_and_asked_again() -> None:
+    """A crowd is told when to come back; it finds the stage once that has time for it."""
+    async with client(*THREE) as (w, c):
+        c.config = replace(c.config, connect_s=2.0)  # type: ignore[misc]
+        table = w.peers[1].host.table
+        at_once, asked = table._open, list[float]()
+
+        def never(*_: object) -> list[Action]:
+            asked.append(asyncio.get_running_loop().time())
+            return []
+
+        table._open = never  # type: ignore[method-assign]
+        with pytest.raises(Refused, match="is busy, and did not open within 2 s; try again in 5 s"):
+            await ask(c, None)
+        assert 3 <= len(asked) <= 8
+        asyncio.get_running_loop().call_later(5.0, setattr, table, "_open", at_once)
+        assert await ask(c, None) == ["p0", "p1", "p2"]
+        assert c._planner.bans.strikes(PeerId("p1"), 0.0) == 0.0
 
 
 @scenario
