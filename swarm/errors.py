@@ -146,8 +146,11 @@ class NoRoute(HexswarmError):
     `binding` names the constraint that decided: coverage, state, peers, trust, dtype, bandwidth,
     kv, tpot, ttft, or both (each limit alone could be kept). `missing` lists the [first, end) layer
     ranges that no usable peer serves; `achievable` the best predicted seconds of each limit alone
-    ("ttft_s", "tpot_s"), at the percentile asked for.
+    ("ttft_s", "tpot_s"), at the percentile asked for; `retry_s` when to ask again, where those who
+    could serve it are full (0: nobody can say).
     """
+
+    retry_s = 0.0
 
     def __init__(
         self,

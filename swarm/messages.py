@@ -475,7 +475,7 @@ class Progress(Message):
     step_s: float = _wire(_amount)
     """Mean seconds from arrival to sending on of the last decode steps; 0 if there were none."""
     computed: int = _wire(_integer(0, (1 << 63) - 1), default=0)
-    """Steps of any session that were computed here so far: one that works for others is no idler."""
+    """Steps of any session that were computed here: one that works for others is no idler."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ import logging
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import count
 
 from hexswarm.clock import Clock
 from hexswarm.errors import HexswarmError, NoRoute, PeerLost, Refused
@@ -115,22 +116,28 @@ class Opener:
         give_up_s = self._clock.monotonic() + self._patience_s
         why: HexswarmError | None = None
         level = logging.WARNING
-        while True:
+        for tries in count():
             try:
                 return await self._open(request, connect_s, client_loop, prompt)
             except (NoRoute, Refused, PeerLost) as error:
                 # That nobody is left to ask says less than what the last one said.
                 why = why if why is not None and isinstance(error, NoRoute) else error
-                wait_s = self._again_s(request, error)
+                wait_s = self._again_s(request, error, tries)
             self._member.transport.check()  # cut off from all, waiting does not help
             if wait_s is None or self._clock.monotonic() + wait_s >= give_up_s:
+                if wait_s is not None and isinstance(why, NoRoute) and why.binding == "kv":
+                    why.retry_s = LONGEST_WAIT_S
+                    why.remedy = f"try again in {why.retry_s:.0f} s, or ask for fewer tokens"
                 raise why
             log.log(level, "%s; trying again in %.1f s", why.cause, wait_s)
             level = logging.INFO  # one word to whoever waits is enough
             await asyncio.sleep(wait_s)
             await self._look_again(request)
+        raise AssertionError("it tries until it raises")
 
-    def _again_s(self, request: RouteRequest, error: NoRoute | Refused | PeerLost) -> float | None:
+    def _again_s(
+        self, request: RouteRequest, error: NoRoute | Refused | PeerLost, tries: int
+    ) -> float | None:
         """When it is worth trying again; None if it is not."""
         if isinstance(error, Refused):
             if error.code not in ("full", "busy", "late", "draining"):
@@ -139,7 +146,7 @@ class Opener:
                 return None
             again_s = error.retry_s or SOON_S
         elif isinstance(error, NoRoute) and error.binding == "kv":
-            again_s = SOON_S
+            again_s = SOON_S * 2.0 ** min(tries, 8)  # nobody said when
             if not self._planner.roomy(request):
                 return None
         elif isinstance(error, PeerLost) or error.binding in ("coverage", "state"):

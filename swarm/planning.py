@@ -119,6 +119,7 @@ class Planner:
         self._previous: Route | None = None
         self._placing: asyncio.Task[None] | None = None
         self._placed = asyncio.Event()
+        self._choosing = asyncio.Lock()
 
     # --- where we are -----------------------------------------------------------------------
 
@@ -266,10 +267,10 @@ class Planner:
     async def _plan(self, request: RouteRequest) -> Plan:
         until_s = self._clock.monotonic() + MEASURE_ALL_S
         for left in reversed(range(ROUNDS + 1)):
-            view = self.snapshot()
             try:
-                route = find_route(view, request, self._clock.monotonic(), self._rng)
+                view, route = await self._choose(request)
             except NoRoute as error:
+                view = self.snapshot()
                 ways = self._ways_of_best(view, request, error)
                 if not ways or not left:
                     raise
@@ -280,6 +281,14 @@ class Planner:
             within_s = min(MEASURE_S, max(until_s - self._clock.monotonic(), REPAIR_MEASURE_S))
             await self._measure(view, request.model, ways, within_s)
         return Plan(view, request, route)
+
+    async def _choose(self, request: RouteRequest) -> tuple[Snapshot, Route]:
+        """One route in each turn of the loop, however many are asked for at once: what comes from
+        the peers is read in between, and their pings are answered."""
+        async with self._choosing:
+            await asyncio.sleep(0)
+            view = self.snapshot()
+            return view, find_route(view, request, self._clock.monotonic(), self._rng)
 
     def _ways_of_best(self, view: Snapshot, request: RouteRequest, error: NoRoute) -> set[Pair]:
         """Unmeasured ways of what is said to be achievable: with them it is a bound, no promise."""

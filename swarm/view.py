@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
@@ -89,8 +90,8 @@ class Leases:
         Messages keep their order: what is closed after this counts in the answers, however late
         they are read.
         """
-        peers = [stage.peer for stage in session.route.stages]
-        self._beside[session] = {peer: self._held(peer, session) for peer in peers}
+        held = self._held(session)
+        self._beside[session] = {s.peer: held[s.peer] for s in session.route.stages}
         self._sessions.add(session)
 
     def answered(self, session: OpenSession, loads: Heard) -> None:
@@ -108,23 +109,24 @@ class Leases:
 
     def corrected(self, loads: Heard) -> dict[PeerId, tuple[float, Load]]:
         """The loads with what we have given back since they were told."""
-        known = dict(loads)
+        known, held = dict(loads), self._held()
         for peer, (told_s, ours) in self._told.items():
             heard_s, load = known.get(peer, (-math.inf, Load()))
-            back = ours - self._held(peer)
+            back = ours - held[peer]
             if heard_s == told_s and back > 0:
                 free = load.free_kv_tokens + back
                 known[peer] = (heard_s, replace(load, free_kv_tokens=free))
         return known
 
-    def _held(self, peer: PeerId, but: OpenSession | None = None) -> int:
-        return sum(
-            _leased(session)
-            for session in self._sessions
-            if session is not but
-            and session.machine.failed is None
-            and any(stage.peer == peer for stage in session.route.stages)
-        )
+    def _held(self, but: OpenSession | None = None) -> Counter[PeerId]:
+        """Tokens of each peer. In one pass: this is asked for at every choice of a route."""
+        held = Counter[PeerId]()
+        for session in self._sessions:
+            if session is not but and session.machine.failed is None:
+                tokens = _leased(session)
+                for stage in session.route.stages:
+                    held[stage.peer] += tokens
+        return held
 
 
 def _leased(session: OpenSession) -> int:
@@ -165,18 +167,17 @@ class View:
     ) -> Snapshot:
         """The swarm as `client` sees it now; `ways` are the ways that it measured itself."""
         held, links = self._snapshot, self._links(client, ways)
-        changed = self._changed()
+        changed, before, self._heard = self._changed(), self._heard, self._loads()
         if held is None or len(changed) > MEND:
             held = self._build(client, links, coordinates)
         else:
             for peer in changed:
                 held = self._mend(held, peer)
-            held = self._with_loads(held, changed)
+            held = self._with_loads(held, changed, before)
             if held.coordinates != coordinates or not same_ways(held.links, links):
                 held = held.with_links(links, coordinates, self._clock.wall())
         self._snapshot = held
         self._version = self._directory.version
-        self._heard = self._loads()
         self._doubted.clear()
         return held
 
@@ -222,12 +223,12 @@ class View:
             self._expiry_s = min(self._expiry_s, record.expires_s)
         return held
 
-    def _with_loads(self, held: Snapshot, mended: set[PeerId]) -> Snapshot:
-        """With the loads heard since; those of the peers just mended are in."""
+    def _with_loads(self, held: Snapshot, mended: set[PeerId], before: Heard) -> Snapshot:
+        """With the loads heard since `before`; those of the peers just mended are in."""
         news: dict[str, dict[PeerId, Load]] = {}
-        for peer, (heard_s, load) in self._loads().items():
+        for peer, (heard_s, load) in self._heard.items():
             model = self._shown.get(peer)
-            if model is None or peer in mended or (heard_s, load) == self._heard.get(peer):
+            if model is None or peer in mended or (heard_s, load) == before.get(peer):
                 continue
             if self._later(heard_s, held.announcement(model, peer)):
                 news.setdefault(model, {})[peer] = load
@@ -238,7 +239,7 @@ class View:
     def _as_seen(self, item: Announcement) -> Announcement:
         """An announcement corrected by what is known better."""
         item = self._experience.apply(item, self._clock.monotonic())
-        heard = self._loads().get(item.peer)
+        heard = self._heard.get(item.peer)
         if heard is None or not self._later(heard[0], item):
             return item
         return item.with_load(heard[1])

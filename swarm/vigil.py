@@ -18,26 +18,33 @@ second route meanwhile in any case (each open holds KV at every stage of it for 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+import logging
+from collections.abc import Coroutine, Mapping
 from typing import Any
 
-from hexswarm.blame import lost
+from hexswarm import blame
 from hexswarm.clock import Clock
 from hexswarm.detector import BEAT_S, Pulse
 from hexswarm.membership import Membership
 from hexswarm.records import PeerId
 from hexswarm.runtime import OpenSession
 
+log = logging.getLogger(__name__)
+
 WITNESSES = 8
 """So many other neighbours are pinged too: they tell a lost network from a lost stage."""
 
 
 class Vigil:
-    """One for each client."""
+    """One for each client: a crowd of sessions that wait shares its pings."""
 
     def __init__(self, member: Membership, clock: Clock) -> None:
         self._member = member
         self._clock = clock
+        self._waiting: dict[OpenSession, asyncio.Future[None]] = {}
+        """Sessions, and whom to tell that a stage of theirs is given up."""
+        self._pulse = Pulse()
+        self._ticker: asyncio.Task[None] | None = None
 
     async def wait(
         self, session: OpenSession, answers: Coroutine[Any, Any, None], within_s: float
@@ -46,33 +53,61 @@ class Vigil:
 
         Raises what it raises, PeerLost for a stage that is given up, TimeoutError after `within_s`.
         """
-        pulse, waiting = Pulse(), asyncio.ensure_future(answers)
+        given_up = asyncio.get_running_loop().create_future()
+        waiting = asyncio.ensure_future(answers)
+        self._begin(session, given_up)
         try:
             async with asyncio.timeout(within_s):
-                while not (await asyncio.wait({waiting}, timeout=BEAT_S))[0]:
-                    self._beat(session, pulse)
-            waiting.result()
+                await asyncio.wait({waiting, given_up}, return_when=asyncio.FIRST_COMPLETED)
+            (waiting if waiting.done() else given_up).result()
         finally:
             waiting.cancel()
+            given_up.cancel()
+            self._end(session)
 
-    def _beat(self, session: OpenSession, pulse: Pulse) -> None:
-        links, now = self._member.links, self._clock.monotonic()
-        stages = dict.fromkeys(stage.peer for stage in session.route.stages)
+    def _begin(self, session: OpenSession, given_up: asyncio.Future[None]) -> None:
+        self._waiting[session] = given_up
+        for stage in session.machine.silent:
+            if stage.peer not in self._pulse.peers:
+                self._member.links.ping(stage.peer)
+        if self._ticker is None:
+            self._ticker = asyncio.create_task(self._tick())
+
+    def _end(self, session: OpenSession) -> None:
+        del self._waiting[session]
+        if not self._waiting and self._ticker is not None:
+            self._ticker.cancel()
+            self._ticker, self._pulse = None, Pulse()
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT_S)
+            try:
+                self._beat(self._clock.monotonic())
+            except Exception:  # a mistake of ours must not leave all sessions unwatched
+                log.exception("watching over sessions that open failed")
+
+    def _beat(self, now: float) -> None:
+        links, pulse = self._member.links, self._pulse
+        stages = {stage.peer for session in self._waiting for stage in session.route.stages}
         others = [peer for peer in links.peers() if peer not in stages][:WITNESSES]
-        if not pulse.peers:
-            for stage in session.machine.silent:
-                links.ping(stage.peer)
         silent_s = {
             peer: max(links.silent_s(peer, now), links.unanswered_s(peer, now))
-            for peer in (*stages, *others)
+            for peer in (*sorted(stages), *others)
         }
         for peer in pulse.beat(now, silent_s):
             links.ping(peer)
-        for stage in session.machine.silent:
-            if links.connected(stage.peer) and self._silent(stage.peer, pulse, now):
-                how = f"was silent for {pulse.quiet_s(stage.peer):.1f} s"
-                raise lost(session.route, stage.peer, how)
+        rtts_s = links.rtts
+        lost = {
+            peer: f"was silent for {pulse.quiet_s(peer):.1f} s"
+            for peer in silent_s.keys() & stages
+            if links.connected(peer) and self._silent(peer, now, rtts_s)
+        }
+        for session, given_up in self._waiting.items() if lost else ():
+            for stage in session.machine.silent:
+                if stage.peer in lost and not given_up.done():
+                    given_up.set_exception(blame.lost(session.route, stage.peer, lost[stage.peer]))
 
-    def _silent(self, peer: PeerId, pulse: Pulse, now: float) -> bool:
-        rtts_s = self._member.links.rtts
-        return pulse.alone(peer, rtts_s) and pulse.silent(peer, now, rtts_s.get(peer, 0.0))
+    def _silent(self, peer: PeerId, now: float, rtts_s: Mapping[PeerId, float]) -> bool:
+        alone = self._pulse.alone(peer, rtts_s)
+        return alone and self._pulse.silent(peer, now, rtts_s.get(peer, 0.0))

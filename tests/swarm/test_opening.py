@@ -187,6 +187,19 @@ async def test_patience_ends_with_the_refusal_and_its_time() -> None:
 
 
 @scenario
+async def test_where_all_are_known_to_be_full_it_is_said_when_to_come_back() -> None:
+    """Others were refused a moment ago, so nobody is asked: that, too, is a refusal with a time."""
+    async with client(*THREE) as (w, c):
+        c._opener._patience_s = 0.0
+        now = asyncio.get_running_loop().time()
+        for peer in w.peers:
+            c._runtime.loads[peer.peer] = now, Load(free_kv_tokens=0)
+        with pytest.raises(NoRoute, match="try again in 5 s") as caught:
+            await ask(c, None)
+        assert (caught.value.binding, caught.value.retry_s) == ("kv", 5.0)
+
+
+@scenario
 async def test_what_will_never_fit_is_said_at_once() -> None:
     async with client(*THREE) as (w, c):
         for number, peer in enumerate(w.peers):
