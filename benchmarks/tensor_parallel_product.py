@@ -7,7 +7,9 @@ tries it anywhere. Models with random weights are saved as folders and loaded by
 *parity*: a small model in float32: the largest difference of logits over the largest of them, and
 greedy answers, prompts and decode steps in batches.
 *step*: a decode step of some layers of the wanted shape, embedding and LM head included, from rows
-with payloads to results with payloads; ranks and one device by turns, medians by the clock.
+with payloads to results with payloads; ranks and one device by turns, medians by the clock. Then
+the same as the peer's engine does it (`hexswarm.peer.foresight`): the next step is launched with
+the tokens that the device has just chosen, before the host has read them.
 *lost*: a rank is killed between two steps: seconds until the group says so, until a step that was
 under way is over, and until a new group in the same process answers as before.
 """
@@ -22,7 +24,10 @@ import signal
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +40,10 @@ from hexswarm.clock import RealClock
 from hexswarm.config import PeerConfig
 from hexswarm.degree import Degree
 from hexswarm.errors import HexswarmError
+from hexswarm.peer.flight import Flight
 from hexswarm.peer.hosting import Machine
 from hexswarm.peer.loading import Served, load
-from hexswarm.peer.steps import Batch, Row
+from hexswarm.peer.steps import Batch, Result, Row
 from hexswarm.progress import Quiet
 from hexswarm.records import Span
 from hexswarm.store import ModelFolder, resolve
@@ -48,8 +54,9 @@ SMALL = {
     "max_position_embeddings": 512, "rope_theta": 10_000.0, "rms_norm_eps": 1e-5,
 }  # fmt: skip
 SEVERAL = 1 << 22
-SESSIONS, TOKENS, REPEATS = 8, 32, 30
+SESSIONS, TOKENS, REPEATS, SPELL = 8, 32, 40, 10
 LOST_S = 30.0
+Way = Callable[[Served], list[Result]]
 
 
 def saved(home: Path, name: str, config: dict[str, Any], dtype: torch.dtype) -> ModelFolder:
@@ -127,22 +134,56 @@ def steps(together: Served, alone: Served, given: argparse.Namespace) -> dict[st
     """By turns."""
     found: dict[str, Any] = {}
     for rows in given.batch:
-        batch, times = decode_batch(rows, given.ctx), ([], [])
-        for n in range(REPEATS + 5):
-            for one, list_s in zip((together, alone), times, strict=True):
-                began = time.perf_counter()
-                results = one.runner.run(batch)
-                if n >= 5:
-                    list_s.append(time.perf_counter() - began)
-                assert not any(result.error for result in results), results
-        ranks_s, one_s = map(statistics.median, times)
+        batch = decode_batch(rows, given.ctx)
+        ways: list[Way] = [partial(_one_by_one, batch)]
+        if given.device != "cpu":  # there nothing is ever under way
+            ways.append(Ahead(batch))
+        (ranks_s, one_s), *ahead = [_by_turns((together, alone), way) for way in ways]
         found[str(rows)] = {
             "one_ms": round(one_s * 1e3, 3),
             "ranks_ms": round(ranks_s * 1e3, 3),
             "ratio": round(one_s / ranks_s, 3),
         }
+        for ranks_s, one_s in ahead:
+            found[str(rows)] |= {
+                "one_ahead_ms": round(one_s * 1e3, 3),
+                "ranks_ahead_ms": round(ranks_s * 1e3, 3),
+                "ratio_ahead": round(one_s / ranks_s, 3),
+            }
         print(f"product, decode batch {rows}: {found[str(rows)]}", flush=True)
     return found
+
+
+def _one_by_one(batch: Batch, one: Served) -> list[Result]:
+    return one.runner.run(batch)
+
+
+def _by_turns(those: Sequence[Served], step: Way) -> list[float]:
+    """Median seconds of each one's step, `SPELL` at a time, so that they follow each other."""
+    times: list[list[float]] = [[] for _ in those]
+    for _ in range(REPEATS // SPELL):
+        for one, list_s in zip(those, times, strict=True):
+            step(one)
+            for _ in range(SPELL):
+                began = time.perf_counter()
+                results = step(one)
+                list_s.append(time.perf_counter() - began)
+                assert not any(result.error for result in results), results
+    return [statistics.median(some) for some in times]
+
+
+class Ahead:
+    """Steps of which each is launched before the last one's results are read; all at one place."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+        self._flights: dict[int, Flight] = {}
+
+    def __call__(self, one: Served) -> list[Result]:
+        before = self._flights.get(id(one)) or one.runner.launch(self._batch)
+        rows = (replace(r, payload=before.chosen[n]) for n, r in enumerate(self._batch.rows))
+        self._flights[id(one)] = one.runner.launch(Batch(tuple(rows)))
+        return before.results()
 
 
 def lost(together: Served) -> dict[str, Any]:
