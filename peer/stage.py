@@ -247,7 +247,7 @@ class StageTable:
         if verdict != "next":
             reason = order.complaint(verdict, position, count)
             return self._fail(session, verdict, reason) if reason else []
-        if session.held:
+        if session.held and not begins:  # what waits of an older turn is forgotten with it
             return self._fail(session, "input", "a turn has one last step")
         actions = self._begin(session, message.turn) if begins else []
         if order.fresh:

@@ -141,6 +141,8 @@ class Links:
         """The same for measuring alone: the link may end when nobody measures any more."""
         if self.connected(peer):
             return
+        if self._closed:  # who has not heard of it yet would make a link that nobody ends
+            raise PeerLost(peer, None, "is not dialled: the links were closed")
         task = self._dialling.get(peer)
         if task is None:
             if len(self._dialling) >= MAX_DIALLING:

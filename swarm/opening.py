@@ -239,6 +239,7 @@ class Opener:
         except TimeoutError:
             silent = session.machine.silent
             if not silent:
+                session.check()
                 return  # the last one answered at that very moment
             session.close()
             # A stage also keeps silent while it waits for the next one: blame one without a link.

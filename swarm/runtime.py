@@ -94,6 +94,11 @@ class OpenSession:
         while not isinstance(await self.wait(), Ready):
             continue
 
+    def check(self) -> None:
+        """Raises what has ended the session, whether its listener has heard of it or not."""
+        if self.machine.failed is not None:
+            raise self.machine.failed
+
     async def extend(self, kv_tokens: int) -> None:
         """Prolong the lease. Raises Refused if a stage has no room (the session then ends)."""
         if kv_tokens > self.machine.kv_tokens:

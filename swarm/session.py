@@ -493,6 +493,8 @@ class Session:
         self._draining.add(peer)
         if self.running:
             return [Draining(peer, exit_s)]
+        if self.open and self.turn < 0:  # as if it had refused: its owner takes another route
+            return self._fail(blame.lost(self.route, peer, "leaves the swarm"))
         return self._leave() if self.open else []
 
     # --- inside: losses --------------------------------------------------------------------------

@@ -51,7 +51,8 @@ class Vigil:
     ) -> None:
         """Until `answers` is done, which waits for the session's stages.
 
-        Raises what it raises, PeerLost for a stage that is given up, TimeoutError after `within_s`.
+        Raises what it raises, PeerLost for a stage that is given up, TimeoutError after `within_s`;
+        and what has ended the session meanwhile: a loss may come in one read with the last answer.
         """
         given_up = asyncio.get_running_loop().create_future()
         waiting = asyncio.ensure_future(answers)
@@ -60,6 +61,7 @@ class Vigil:
             async with asyncio.timeout(within_s):
                 await asyncio.wait({waiting, given_up}, return_when=asyncio.FIRST_COMPLETED)
             (waiting if waiting.done() else given_up).result()
+            session.check()
         finally:
             waiting.cancel()
             given_up.cancel()

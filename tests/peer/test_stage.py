@@ -290,6 +290,16 @@ def test_a_cancel_that_comes_first_holds() -> None:
     assert isinstance(only(swarm.say(PREVIOUS, "p0", replace(HIDDEN, turn=2), ONE)), Submit)
 
 
+def test_a_last_step_that_waits_is_forgotten_with_its_turn() -> None:
+    """Found by chance in a ring: the next turn was there before the word that this one is over."""
+    swarm = opened(TAIL)
+    assert swarm.say(PREVIOUS, "p0", replace(HIDDEN, turn=0), ONE) == []
+    assert isinstance(only(swarm.say(PREVIOUS, "p0", replace(HIDDEN, turn=1), ONE)), Drop)
+    submit = only(swarm.say(CLIENT, "p0", replace(GENERATE, turn=1)))
+    assert isinstance(submit, Submit)
+    assert submit.step.turn == 1
+
+
 def test_a_late_cancel_leaves_the_next_turn_alone() -> None:
     """Found by chance in a ring: the next turn's last step waited at the tail and was forgotten."""
     swarm = opened(TAIL)

@@ -479,6 +479,19 @@ async def test_close_ends_everything_and_tells_no_loss() -> None:
 
 
 @scenario
+async def test_nobody_is_dialled_after_the_end() -> None:
+    """A request that still looks for a way leaves nothing behind."""
+    async with nodes(A, B) as (a, b):
+        before = virtual.others()
+        await a.links.close()
+        with pytest.raises(PeerLost, match="were closed"):
+            await a.reach(b)
+        await settle()
+        assert not a.links.connected(B)
+        assert virtual.others() < before
+
+
+@scenario
 async def test_dials_under_way_are_bounded() -> None:
     """Strangers name peers for us to dial; those who do not answer must not pile up."""
     async with nodes(A, B) as (a, b):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -12,12 +13,15 @@ import pytest
 from hexswarm.client import AsyncClient
 from hexswarm.directory import SignedAnnouncement
 from hexswarm.errors import NetworkError, NoRoute, PeerLost, Refused
+from hexswarm.messages import Opened
 from hexswarm.opening import not_promised
 from hexswarm.peer.actions import Action
+from hexswarm.peer.stage import StageTable
 from hexswarm.records import Load, PeerId, RouteRequest
 from hexswarm.runtime import OpenSession
+from tests import virtual
 from tests.asking import PROMPT, SPARED, THREE, client, scenario
-from tests.loopback import MODEL
+from tests.loopback import MODEL, answer
 from tests.world import World, listen, turn
 
 
@@ -305,3 +309,77 @@ async def test_cut_off_from_all_it_does_not_wait() -> None:
         with pytest.raises(NetworkError, match="daemon has died"):
             await ask(c, None)
         assert asyncio.get_running_loop().time() - began_s < 5.0
+
+
+# --- one read with the last answer ----------------------------------------------------------------
+
+
+def in_one_read(w: World, says: Callable[[StageTable], Iterable[Action]]) -> None:
+    """p1 answers last, as one that stood still, and says more in the same breath."""
+    peer = w.named("p1")
+    send = peer.links.send
+
+    def held(to: PeerId, outgoing: Any, lane: int = 0) -> bool:
+        if not any(isinstance(message, Opened) for message, _ in outgoing):
+            return send(to, outgoing, lane)
+
+        def awake() -> None:
+            send(to, outgoing, lane)
+            peer.server.carry_out(says(peer.host.table))
+
+        peer.links.send = send  # type: ignore[method-assign]
+        asyncio.get_running_loop().call_later(0.5, awake)
+        return True
+
+    peer.links.send = held  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        StageTable.end_all,
+        lambda table: table.drain(25.0),
+        lambda table: table.on_lost(PeerId("p0")),
+    ],
+    ids=["has left", "leaves", "lost its neighbour"],
+)
+def test_a_session_that_ends_as_it_opens_is_opened_anew(
+    says: Callable[[StageTable], Iterable[Action]],
+) -> None:
+    """Nothing was asked of it yet, so its caller need not know."""
+
+    async def act() -> None:
+        async with client(*SPARED) as (w, c):
+            in_one_read(w, says)
+            done = await c.generate(PROMPT, max_new_tokens=3)
+            assert list(done.ids) == answer(PROMPT, 3, 6)
+            assert not done.mends
+            assert asyncio.get_running_loop().time() < 3.0
+
+    virtual.run(act())
+
+
+@scenario
+async def test_so_is_one_that_ends_as_it_is_prolonged() -> None:
+    async with client(*SPARED) as (w, c), c.conversation() as talk:
+        await talk.generate(PROMPT, max_new_tokens=3)
+        in_one_read(w, StageTable.end_all)
+        done = await talk.generate(PROMPT, max_new_tokens=50)
+        assert list(done.ids) == answer(PROMPT, 50, 6)
+
+
+@scenario
+async def test_at_the_deadline_too() -> None:
+    """The last answer, and what follows it, come at the moment at which waiting ends."""
+    async with client(*SPARED) as (w, c):
+        in_one_read(w, StageTable.end_all)
+
+        async def late(session: OpenSession, ready: Any, within_s: float) -> None:
+            c._opener.vigil.wait = wait  # type: ignore[method-assign]
+            ready.close()
+            await asyncio.sleep(1.0)
+            raise TimeoutError
+
+        wait = c._opener.vigil.wait
+        c._opener.vigil.wait = late  # type: ignore[method-assign]
+        assert await ask(c, None) == ["p0", "p3", "p2"]

@@ -597,6 +597,17 @@ def test_drain_ends_an_idle_session_at_once(ring: Loopback) -> None:
     ring.check_clean()
 
 
+def test_drain_before_the_first_turn_names_who_leaves(ring: Loopback) -> None:
+    """So that whoever opened the session takes another route."""
+    session, told = ring.opened()
+    host = ring.hosts[PeerId("p0")]
+    ring.act(host, host.table.drain(25.0))
+    ring.run()
+    assert isinstance(told.error, PeerLost)
+    assert (told.error.peer, session.open) == ("p0", False)
+    ring.check_clean()
+
+
 def test_drain_hands_back_what_takes_too_long(ring: Loopback) -> None:
     session, told = ring.opened()
     ring.ask(session, PROMPT, 6)
