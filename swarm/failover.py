@@ -292,7 +292,7 @@ class Mender:
         spans = {stage.peer: stage.span for stage in ward.session.route.stages}
         if peer not in spans or not ward.alive:
             return
-        self._planner.failed(peer)
+        self._planner.failed(peer, heard=beside is not None and self._lives(peer))
         self._stop(ward).gone[peer] = how
         ward.noted.add(peer)
         if beside is not None:

@@ -15,15 +15,14 @@ extension types (hivemind's hook decodes them recursively without a limit), pick
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import msgpack
 
 from hexswarm.errors import LocalProtocolError, RemoteProtocolError, UsageError
 from hexswarm.records import DTYPES, Load, PeerId, Sampling, Span
+from hexswarm.schema import amount, blob, flag, integer, list_of, one_of, real, share, text, wire
 
 PROTOCOL_VERSION = 3
 MAX_HEADER_BYTES = 8192
@@ -33,90 +32,14 @@ SESSION_BYTES = 16
 MAX_TOKENS = 1 << 22
 MAX_LAYERS = 1 << 12
 
-Check = Callable[[Any], Any]
-
-
-def _wire(check: Check, **kw: Any) -> Any:
-    return field(metadata={"check": check}, **kw)
-
-
-def _integer(low: int, high: int) -> Check:
-    def check(value: Any) -> int:
-        if type(value) is not int or not low <= value <= high:
-            raise ValueError(f"an integer in {low}-{high} was expected")
-        return value
-
-    return check
-
-
-def _text(limit: int) -> Check:
-    def check(value: Any) -> str:
-        if type(value) is not str or len(value) > limit:
-            raise ValueError(f"a text of at most {limit} characters was expected")
-        return value
-
-    return check
-
-
-def _blob(size: int) -> Check:
-    def check(value: Any) -> bytes:
-        if type(value) is not bytes or len(value) != size:
-            raise ValueError(f"{size} bytes were expected")
-        return value
-
-    return check
-
-
-def _flag(value: Any) -> bool:
-    if type(value) is not bool:
-        raise ValueError("true or false was expected")
-    return value
-
-
-def _real(value: Any) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise ValueError("a finite number was expected")
-    return float(value)
-
-
-def _share(value: Any) -> float:
-    if not 0 <= _real(value) <= 1:
-        raise ValueError("a number from 0 to 1 was expected")
-    return float(value)
-
-
-def _amount(value: Any) -> float:
-    if _real(value) < 0:
-        raise ValueError("a number that is not negative was expected")
-    return float(value)
-
-
-def _list_of(check: Check, limit: int) -> Check:
-    def check_list(value: Any) -> tuple[Any, ...]:
-        if type(value) not in (list, tuple) or len(value) > limit:
-            raise ValueError(f"a list of at most {limit} was expected")
-        return tuple(check(item) for item in value)
-
-    return check_list
-
-
-def _one_of(names: tuple[str, ...]) -> Check:
-    def check(value: Any) -> str:
-        if value not in names:
-            raise ValueError(f"one of {', '.join(names)} was expected")
-        return str(value)
-
-    return check
-
-
-_session = _blob(SESSION_BYTES)
-_position = _integer(0, MAX_TOKENS)
-_small = _integer(0, 1 << 16)
-_peer = _text(128)
-_addresses = _list_of(_text(256), 8)
-_dtype = _one_of(tuple(DTYPES))
-_group = _text(64)
-_epoch = _integer(0, 1 << 62)
+_session = blob(SESSION_BYTES)
+_position = integer(0, MAX_TOKENS)
+_small = integer(0, 1 << 16)
+_peer = text(128)
+_addresses = list_of(text(256), 8)
+_dtype = one_of(tuple(DTYPES))
+_group = text(64)
+_epoch = integer(0, 1 << 62)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,22 +54,22 @@ class Hello(Message):
     """First frame each way on every stream: what is spoken, and which lane of which pair it is."""
 
     KIND: ClassVar[int] = 0
-    version: int = _wire(_integer(0, 1 << 16))
-    software: str = _wire(_text(64))
-    lane: int = _wire(_integer(0, 1))
-    link: bytes = _wire(_session)
+    version: int = wire(integer(0, 1 << 16))
+    software: str = wire(text(64))
+    lane: int = wire(integer(0, 1))
+    link: bytes = wire(_session)
 
 
 @dataclass(frozen=True, slots=True)
 class Ping(Message):
     KIND: ClassVar[int] = 1
-    nonce: int = _wire(_integer(0, (1 << 63) - 1))
+    nonce: int = wire(integer(0, (1 << 63) - 1))
 
 
 @dataclass(frozen=True, slots=True)
 class Pong(Message):
     KIND: ClassVar[int] = 2
-    nonce: int = _wire(_integer(0, (1 << 63) - 1))
+    nonce: int = wire(integer(0, (1 << 63) - 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,16 +85,16 @@ class Open(Message):
     """
 
     KIND: ClassVar[int] = 3
-    session: bytes = _wire(_session)
-    epoch: int = _wire(_small)
-    digest: str = _wire(_text(64))
-    first: int = _wire(_integer(0, MAX_LAYERS))
-    end: int = _wire(_integer(1, MAX_LAYERS))
-    predecessor: str = _wire(_peer)
-    successor: str = _wire(_peer)
-    successor_addresses: tuple[str, ...] = _wire(_addresses)
-    kv_tokens: int = _wire(_integer(1, MAX_TOKENS))
-    step_s: float = _wire(_amount, default=0.0)
+    session: bytes = wire(_session)
+    epoch: int = wire(_small)
+    digest: str = wire(text(64))
+    first: int = wire(integer(0, MAX_LAYERS))
+    end: int = wire(integer(1, MAX_LAYERS))
+    predecessor: str = wire(_peer)
+    successor: str = wire(_peer)
+    successor_addresses: tuple[str, ...] = wire(_addresses)
+    kv_tokens: int = wire(integer(1, MAX_TOKENS))
+    step_s: float = wire(amount, default=0.0)
     """Most seconds that a decode step may take at this stage, wait included: the stage promises it
     or refuses. 0 asks for no promise. A longer lease keeps what was promised."""
 
@@ -188,16 +111,16 @@ class Opened(Message):
     """
 
     KIND: ClassVar[int] = 4
-    session: bytes = _wire(_session)
-    epoch: int = _wire(_small)
-    kv_tokens: int = _wire(_integer(1, MAX_TOKENS))
-    queue_s: float = _wire(_amount, default=0.0)
-    rows: float = _wire(_amount, default=0.0)
-    busy: float = _wire(_share, default=0.0)
-    free_kv_tokens: int = _wire(_integer(0, 1 << 40), default=0)
-    cached: int = _wire(_position, default=0)
+    session: bytes = wire(_session)
+    epoch: int = wire(_small)
+    kv_tokens: int = wire(integer(1, MAX_TOKENS))
+    queue_s: float = wire(amount, default=0.0)
+    rows: float = wire(amount, default=0.0)
+    busy: float = wire(share, default=0.0)
+    free_kv_tokens: int = wire(integer(0, 1 << 40), default=0)
+    cached: int = wire(_position, default=0)
     """Positions [0, cached) are computed here and sent on, or known from earlier sessions."""
-    journal: int = _wire(_position, default=0)
+    journal: int = wire(_position, default=0)
     """Outputs of positions [journal, cached) can be sent again."""
 
     @property
@@ -214,15 +137,15 @@ class Refuse(Message):
     """
 
     KIND: ClassVar[int] = 5
-    session: bytes = _wire(_session)
-    epoch: int = _wire(_small)
-    code: str = _wire(_text(16))
-    reason: str = _wire(_text(256))
-    retry_s: float = _wire(_real)
-    queue_s: float = _wire(_amount, default=0.0)
-    rows: float = _wire(_amount, default=0.0)
-    busy: float = _wire(_share, default=0.0)
-    free_kv_tokens: int = _wire(_integer(0, 1 << 40), default=0)
+    session: bytes = wire(_session)
+    epoch: int = wire(_small)
+    code: str = wire(text(16))
+    reason: str = wire(text(256))
+    retry_s: float = wire(real)
+    queue_s: float = wire(amount, default=0.0)
+    rows: float = wire(amount, default=0.0)
+    busy: float = wire(share, default=0.0)
+    free_kv_tokens: int = wire(integer(0, 1 << 40), default=0)
 
     @property
     def load(self) -> Load:
@@ -238,17 +161,17 @@ class Generate(Message):
     """
 
     KIND: ClassVar[int] = 6
-    session: bytes = _wire(_session)
-    epoch: int = _wire(_small)
-    turn: int = _wire(_small)
-    max_new: int = _wire(_integer(0, MAX_TOKENS))
-    stop_ids: tuple[int, ...] = _wire(_list_of(_integer(0, 1 << 24), 64))
-    temperature: float = _wire(_real)
-    top_p: float = _wire(_real)
-    top_k: int = _wire(_integer(0, 1 << 20))
-    min_p: float = _wire(_real)
-    repetition_penalty: float = _wire(_real)
-    seed: int = _wire(_integer(0, (1 << 64) - 1))
+    session: bytes = wire(_session)
+    epoch: int = wire(_small)
+    turn: int = wire(_small)
+    max_new: int = wire(integer(0, MAX_TOKENS))
+    stop_ids: tuple[int, ...] = wire(list_of(integer(0, 1 << 24), 64))
+    temperature: float = wire(real)
+    top_p: float = wire(real)
+    top_k: int = wire(integer(0, 1 << 20))
+    min_p: float = wire(real)
+    repetition_penalty: float = wire(real)
+    seed: int = wire(integer(0, (1 << 64) - 1))
 
     @property
     def sampling(self) -> Sampling:
@@ -268,12 +191,12 @@ class Tokens(Message):
     """To the head: token ids (payload, uint32) from `position` on; from the client or the tail."""
 
     KIND: ClassVar[int] = 7
-    session: bytes = _wire(_session)
-    epoch: int = _wire(_small)
-    turn: int = _wire(_small)
-    position: int = _wire(_position)
-    last: bool = _wire(_flag)
-    siblings: int = _wire(_small, default=0)
+    session: bytes = wire(_session)
+    epoch: int = wire(_small)
+    turn: int = wire(_small)
+    position: int = wire(_position)
+    last: bool = wire(flag)
+    siblings: int = wire(_small, default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,14 +204,14 @@ class Hidden(Message):
     """Stage to stage: activations (payload, count x hidden elements of `dtype`, row-major)."""
 
     KIND: ClassVar[int] = 8
-    session: bytes = _wire(_session)
-    epoch: int = _wire(_small)
-    turn: int = _wire(_small)
-    position: int = _wire(_position)
-    count: int = _wire(_integer(1, 1 << 20))
-    last: bool = _wire(_flag)
-    dtype: str = _wire(_dtype)
-    siblings: int = _wire(_small, default=0)
+    session: bytes = wire(_session)
+    epoch: int = wire(_small)
+    turn: int = wire(_small)
+    position: int = wire(_position)
+    count: int = wire(integer(1, 1 << 20))
+    last: bool = wire(flag)
+    dtype: str = wire(_dtype)
+    siblings: int = wire(_small, default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,12 +219,12 @@ class Token(Message):
     """Tail to client: the chosen token at `position`; `finish` is "", "stop" or "length"."""
 
     KIND: ClassVar[int] = 9
-    session: bytes = _wire(_session)
-    epoch: int = _wire(_small)
-    turn: int = _wire(_small)
-    position: int = _wire(_position)
-    token: int = _wire(_integer(0, 1 << 24))
-    finish: str = _wire(_one_of(("", "stop", "length")))
+    session: bytes = wire(_session)
+    epoch: int = wire(_small)
+    turn: int = wire(_small)
+    position: int = wire(_position)
+    token: int = wire(integer(0, 1 << 24))
+    finish: str = wire(one_of(("", "stop", "length")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,10 +232,10 @@ class Logits(Message):
     """Tail to client in the client loop: float32 logits (payload) for the token at `position`."""
 
     KIND: ClassVar[int] = 10
-    session: bytes = _wire(_session)
-    epoch: int = _wire(_small)
-    turn: int = _wire(_small)
-    position: int = _wire(_position)
+    session: bytes = wire(_session)
+    epoch: int = wire(_small)
+    turn: int = wire(_small)
+    position: int = wire(_position)
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,9 +243,9 @@ class Cancel(Message):
     """Client to all stages: end this turn; the KV stays for the next one."""
 
     KIND: ClassVar[int] = 11
-    session: bytes = _wire(_session)
-    epoch: int = _wire(_small)
-    turn: int = _wire(_small)
+    session: bytes = wire(_session)
+    epoch: int = wire(_small)
+    turn: int = wire(_small)
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,7 +253,7 @@ class Close(Message):
     """Client to stage: free everything; the payload may name it, to find it again."""
 
     KIND: ClassVar[int] = 12
-    session: bytes = _wire(_session)
+    session: bytes = wire(_session)
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,11 +265,11 @@ class Failed(Message):
     """
 
     KIND: ClassVar[int] = 13
-    session: bytes = _wire(_session)
-    epoch: int = _wire(_small)
-    code: str = _wire(_text(16))
-    reason: str = _wire(_text(256))
-    peer: str = _wire(_peer)
+    session: bytes = wire(_session)
+    epoch: int = wire(_small)
+    code: str = wire(text(16))
+    reason: str = wire(text(256))
+    peer: str = wire(_peer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,7 +277,7 @@ class GoAway(Message):
     """The sender drains: open no sessions here; it exits in `exit_s` seconds."""
 
     KIND: ClassVar[int] = 14
-    exit_s: float = _wire(_real)
+    exit_s: float = wire(real)
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,9 +285,9 @@ class Measure(Message):
     """Client to peer: measure the way from you to `peer` now; the answer is `Measured`."""
 
     KIND: ClassVar[int] = 15
-    nonce: int = _wire(_integer(0, (1 << 63) - 1))
-    peer: str = _wire(_peer)
-    addresses: tuple[str, ...] = _wire(_addresses)
+    nonce: int = wire(integer(0, (1 << 63) - 1))
+    peer: str = wire(_peer)
+    addresses: tuple[str, ...] = wire(_addresses)
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,11 +295,11 @@ class Measured(Message):
     """Round trip and jitter (as in `Link`) to `peer`, negative if it cannot be reached."""
 
     KIND: ClassVar[int] = 16
-    nonce: int = _wire(_integer(0, (1 << 63) - 1))
-    peer: str = _wire(_peer)
-    rtt_s: float = _wire(_real)
-    jitter_s: float = _wire(_amount)
-    bytes_per_s: float = _wire(_amount)
+    nonce: int = wire(integer(0, (1 << 63) - 1))
+    peer: str = wire(_peer)
+    rtt_s: float = wire(real)
+    jitter_s: float = wire(amount)
+    bytes_per_s: float = wire(amount)
     """0 if not measured."""
 
 
@@ -385,7 +308,7 @@ class Probe(Message):
     """A payload on the bulk lane whose arrival is timed; the answer is `Probed`."""
 
     KIND: ClassVar[int] = 17
-    nonce: int = _wire(_integer(0, (1 << 63) - 1))
+    nonce: int = wire(integer(0, (1 << 63) - 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,8 +316,8 @@ class Probed(Message):
     """How fast the probe came in, in bytes per second (0: it was too short to tell)."""
 
     KIND: ClassVar[int] = 18
-    nonce: int = _wire(_integer(0, (1 << 63) - 1))
-    bytes_per_s: float = _wire(_amount)
+    nonce: int = wire(integer(0, (1 << 63) - 1))
+    bytes_per_s: float = wire(amount)
 
 
 @dataclass(frozen=True, slots=True)
@@ -402,9 +325,9 @@ class Trace(Message):
     """Client to stage: where did the time of this session's decode steps go? (`Traced`)"""
 
     KIND: ClassVar[int] = 19
-    session: bytes = _wire(_session)
-    epoch: int = _wire(_small)
-    nonce: int = _wire(_integer(0, (1 << 63) - 1), default=0)
+    session: bytes = wire(_session)
+    epoch: int = wire(_small)
+    nonce: int = wire(integer(0, (1 << 63) - 1), default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -412,22 +335,22 @@ class Traced(Message):
     """Sums over the decode steps of a session at one stage, and what its prompt cost there."""
 
     KIND: ClassVar[int] = 20
-    session: bytes = _wire(_session)
-    epoch: int = _wire(_small)
-    steps: int = _wire(_integer(0, MAX_TOKENS))
-    wait_s: float = _wire(_amount)
+    session: bytes = wire(_session)
+    epoch: int = wire(_small)
+    steps: int = wire(integer(0, MAX_TOKENS))
+    wait_s: float = wire(amount)
     """From arrival to the start of the batch."""
-    compute_s: float = _wire(_amount)
+    compute_s: float = wire(amount)
     """In batches, whole batches: what a row waits for."""
-    handle_s: float = _wire(_amount)
+    handle_s: float = wire(amount)
     """Everything else between arrival and sending on: decoding, threads, encoding."""
-    prompt_wait_s: float = _wire(_amount)
-    prompt_compute_s: float = _wire(_amount)
-    rows: float = _wire(_amount)
+    prompt_wait_s: float = wire(amount)
+    prompt_compute_s: float = wire(amount)
+    rows: float = wire(amount)
     """Mean rows in the batches of the decode steps."""
-    successor_rtt_s: float = _wire(_real)
+    successor_rtt_s: float = wire(real)
     """Median round trip to the next stage; negative if it was not measured."""
-    nonce: int = _wire(_integer(0, (1 << 63) - 1), default=0)
+    nonce: int = wire(integer(0, (1 << 63) - 1), default=0)
     """Of the `Trace` that this answers."""
 
 
@@ -442,12 +365,12 @@ class Resume(Message):
     """
 
     KIND: ClassVar[int] = 21
-    session: bytes = _wire(_session)
-    epoch: int = _wire(_small)
-    turn: int = _wire(_small)
-    start: int = _wire(_position)
-    send_from: int = _wire(_position)
-    end: int = _wire(_position)
+    session: bytes = wire(_session)
+    epoch: int = wire(_small)
+    turn: int = wire(_small)
+    start: int = wire(_position)
+    send_from: int = wire(_position)
+    end: int = wire(_position)
 
 
 @dataclass(frozen=True, slots=True)
@@ -455,9 +378,9 @@ class AskProgress(Message):
     """Client to stage: how far are you? The answer is `Progress`."""
 
     KIND: ClassVar[int] = 22
-    session: bytes = _wire(_session)
-    epoch: int = _wire(_small)
-    nonce: int = _wire(_integer(0, (1 << 63) - 1))
+    session: bytes = wire(_session)
+    epoch: int = wire(_small)
+    nonce: int = wire(integer(0, (1 << 63) - 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -465,16 +388,16 @@ class Progress(Message):
     """Where a stage stands: who waits for whom, and who is slow, can be told from all of them."""
 
     KIND: ClassVar[int] = 23
-    session: bytes = _wire(_session)
-    epoch: int = _wire(_small)
-    nonce: int = _wire(_integer(0, (1 << 63) - 1))
-    received: int = _wire(_position)
+    session: bytes = wire(_session)
+    epoch: int = wire(_small)
+    nonce: int = wire(integer(0, (1 << 63) - 1))
+    received: int = wire(_position)
     """Input of positions [0, received) has arrived."""
-    done: int = _wire(_position)
+    done: int = wire(_position)
     """Output of positions [0, done) was sent on."""
-    step_s: float = _wire(_amount)
+    step_s: float = wire(amount)
     """Mean seconds from arrival to sending on of the last decode steps; 0 if there were none."""
-    computed: int = _wire(_integer(0, (1 << 63) - 1), default=0)
+    computed: int = wire(integer(0, (1 << 63) - 1), default=0)
     """Steps of any session that were computed here: one that works for others is no idler."""
 
 
@@ -484,8 +407,8 @@ class GroupInvite(Message):
     the signed invitation (`hexswarm.peer.groups.invitation`); the answer is `GroupAnswer`."""
 
     KIND: ClassVar[int] = 24
-    group: str = _wire(_group)
-    epoch: int = _wire(_epoch)
+    group: str = wire(_group)
+    epoch: int = wire(_epoch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -493,11 +416,11 @@ class GroupAnswer(Message):
     """Member to leader: yes (an empty `code`: it keeps itself free), or why not."""
 
     KIND: ClassVar[int] = 25
-    group: str = _wire(_group)
-    epoch: int = _wire(_epoch)
-    code: str = _wire(_text(16))
-    reason: str = _wire(_text(256))
-    latest: int = _wire(_epoch)
+    group: str = wire(_group)
+    epoch: int = wire(_epoch)
+    code: str = wire(text(16))
+    reason: str = wire(text(256))
+    latest: int = wire(_epoch)
     """Of code `stale`: the latest epoch of the group that it knows of."""
 
 
@@ -506,8 +429,8 @@ class GroupCommit(Message):
     """Leader to member: all have said yes, load your part."""
 
     KIND: ClassVar[int] = 26
-    group: str = _wire(_group)
-    epoch: int = _wire(_epoch)
+    group: str = wire(_group)
+    epoch: int = wire(_epoch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -515,8 +438,8 @@ class GroupReport(Message):
     """Member to leader: my part is loaded, and my streams are open."""
 
     KIND: ClassVar[int] = 27
-    group: str = _wire(_group)
-    epoch: int = _wire(_epoch)
+    group: str = wire(_group)
+    epoch: int = wire(_epoch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -524,8 +447,8 @@ class GroupRelease(Message):
     """Leader to member: the epoch is over, or will not be."""
 
     KIND: ClassVar[int] = 28
-    group: str = _wire(_group)
-    epoch: int = _wire(_epoch)
+    group: str = wire(_group)
+    epoch: int = wire(_epoch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -533,9 +456,9 @@ class GroupLeave(Message):
     """Member to leader: I am not in the epoch any more, or shall not be in a moment."""
 
     KIND: ClassVar[int] = 29
-    group: str = _wire(_group)
-    epoch: int = _wire(_epoch)
-    how: str = _wire(_text(256))
+    group: str = wire(_group)
+    epoch: int = wire(_epoch)
+    how: str = wire(text(256))
 
 
 _KINDS: dict[int, type[Message]] = {

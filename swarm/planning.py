@@ -380,13 +380,15 @@ class Planner:
 
     # --- learning ---------------------------------------------------------------------------
 
-    def failed(self, peer: PeerId, *, blameless: bool = False) -> None:
+    def failed(self, peer: PeerId, *, blameless: bool = False, heard: bool = False) -> None:
         """This peer is dead or of no use: it is not in the swarm until it announces itself anew.
 
-        It is no strike against it if that is hearsay, or it had said that it would go.
+        It is no strike against it if that is hearsay, or it had said that it would go. One that is
+        `heard` is alive, if cut off from a neighbour: others are preferred to it.
         """
         self.lost_s = self._clock.monotonic()
-        self._member.directory.forget(peer)
+        if not heard:
+            self._member.directory.forget(peer)
         self.leave([peer])
         if not blameless:
             self.bans.strike(peer, self.lost_s, self._rng)

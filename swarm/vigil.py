@@ -64,7 +64,8 @@ class Vigil:
             session.check()
         finally:
             waiting.cancel()
-            given_up.cancel()
+            if not given_up.cancel():
+                given_up.exception()  # it is told, or something else was first
             self._end(session)
 
     def _begin(self, session: OpenSession, given_up: asyncio.Future[None]) -> None:

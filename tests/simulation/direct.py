@@ -2,7 +2,8 @@
 
 `DirectStream` has the surface of `hexswarm.transports.direct.DirectStream`, over the second network
 of `wires.py` (`Wires.lan`), whose ends are authenticated by nature. Bytes may vanish, be torn or
-late, as on any way; TLS lets nobody repeat or move them, so nobody does here.
+late, as on any way; TLS lets nobody repeat, move or leave out any, so nobody does here: what is
+written behind a hole is never read.
 
 `VirtualDoor` mirrors `hexswarm.peer.groups.streams.Door`, which is a listening socket, threads and
 a condition: who is expected, who is let in, that higher ranks dial lower ones and dial again. What
@@ -36,6 +37,8 @@ class DirectStream:
         self.closed = asyncio.Event()
         self._wires, self._pair, self._inner = wires, (local, inner.remote), inner
         self._handle = next(_HANDLES)
+        self._torn = False
+        """Bytes were lost, and the cut that follows has still to come."""
 
     def fileno(self) -> int:
         """A number that no file has."""
@@ -62,12 +65,14 @@ class DirectStream:
     def write(self, data: bytes) -> None:
         wires, now = self._wires, asyncio.get_running_loop().time()
         wires.trace.raw(now, self._pair, data)
+        if self._torn:
+            return
         harm = wires.harms.get(self._pair)
         if harm is not None and harm.vanish:
             harm.torn = True
             return
         if harm is not None and harm.tear:
-            harm.tear = False
+            harm.tear, self._torn = False, True
             data = data[: len(data) // 2]
             NOBODY.run(wires.tear, self._pair)
         NOBODY.run(self._inner.write, [data])

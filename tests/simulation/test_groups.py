@@ -6,6 +6,7 @@ As in `test_world.py`, which plays groups among everything else; here are the pl
 from __future__ import annotations
 
 import asyncio
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,12 +24,15 @@ from hexswarm.peer.groups.member import Member
 from hexswarm.peer.reduction import Swap
 from tests.simulation import invariants
 from tests.simulation.collective import Account
+from tests.simulation.direct import DirectStream
 from tests.simulation.faults import Fault
 from tests.simulation.lan import GroupSpec
 from tests.simulation.outcome import Outcome
+from tests.simulation.peers import name_of
 from tests.simulation.plans import Plan, draw
-from tests.simulation.processes import Process
+from tests.simulation.processes import Process, run
 from tests.simulation.test_world import Patch, verdict, wrapped
+from tests.simulation.wires import Trace, Wires
 from tests.simulation.world import play
 
 pytestmark = pytest.mark.simulation
@@ -101,6 +105,38 @@ def test_a_lost_member_costs_an_epoch(kind: str) -> None:
     outcome = play(seed, plan=befalls(kind, 12.0)(seed))
     assert not outcome.broken, verdict(outcome)
     assert outcome.epochs >= 2
+
+
+def test_nothing_is_read_behind_a_hole() -> None:
+    """What is written after a frame was torn, and before the cut, does not come: TLS would fail."""
+    here, there = name_of(30), name_of(31)
+    read: list[bytes] = []
+
+    async def story() -> None:
+        wires = Wires(random.Random(0), Trace(), 0.002)
+        near, far = wires.lan.transport(here), wires.lan.transport(there)
+
+        async def serve(inner: Any) -> None:
+            while data := await DirectStream(wires, there, inner).said(100):
+                read.append(data)
+
+        await far.listen(serve)
+        stream = DirectStream(wires, here, await near.dial(there))
+        stream.write(b"whole")
+        wires.harm(here, there).tear = True
+        stream.write(b"halved")
+        stream.write(b"behind")
+        await asyncio.sleep(0.1)
+        await far.close()
+
+    run(story())
+    assert b"".join(read) == b"wholehal"
+
+
+def test_a_torn_command_is_no_other_command() -> None:
+    """The next one, sent within the same millisecond, was read as the rest of it (I10)."""
+    outcome = play(33580)
+    assert not outcome.broken, verdict(outcome)
 
 
 def test_i10_a_sum_does_not_wait_for_all(monkeypatch: Patch) -> None:

@@ -353,6 +353,25 @@ async def test_stages_that_cannot_reach_each_other() -> None:
 
 
 @scenario
+async def test_who_is_cut_off_from_a_neighbour_lives_and_may_be_needed() -> None:
+    """Others are preferred, but if these fail it is there: forgotten it would be missing until its
+    next announcement, half a minute later."""
+    async with client(*TWICE) as (w, c):
+        pairs: list[list[PeerId]] = []
+
+        def part(w: World, route: Route) -> None:
+            pairs.append(at(route, (0, 1)))
+            w.network.freeze(*pairs[0])
+
+        it = await struck(w, c, (10, part))
+        (left,) = (PeerId(p) for p, kept in zip(it.before, it.kept, strict=True) if not kept)
+        assert left in pairs[0]
+        assert left in {item.peer for item in c._member.alive()}
+        assert left in c._planner.bans.banned(now())
+        w.network.heal(*pairs[0])
+
+
+@scenario
 async def test_where_only_one_end_of_a_lost_way_can_be_replaced_it_is_that_one() -> None:
     """The head does not get what the tail sends, and nobody else serves its layers."""
     async with client((0, 2), (2, 4), (4, 6), (4, 6)) as (w, c):

@@ -204,6 +204,24 @@ async def test_where_all_are_known_to_be_full_it_is_said_when_to_come_back() -> 
 
 
 @scenario
+async def test_where_all_are_full_it_looks_again_less_and_less_often() -> None:
+    """A crowd that waits for room has the machine plan for each of it."""
+    async with client(*THREE) as (w, c):
+        c._opener._patience_s = 20.0
+        looked, now = list[float](), asyncio.get_running_loop().time
+
+        async def nothing_new(_: RouteRequest) -> None:
+            looked.append(now())
+
+        c._opener._look_again = nothing_new  # type: ignore[method-assign]
+        for peer in w.peers:
+            c._runtime.loads[peer.peer] = now(), Load(free_kv_tokens=0)
+        with pytest.raises(NoRoute, match="try again in 5 s"):
+            await ask(c, None)
+        assert len(looked) <= 7, "after 1, 2, 4, 5, 5 s"
+
+
+@scenario
 async def test_what_will_never_fit_is_said_at_once() -> None:
     async with client(*THREE) as (w, c):
         for number, peer in enumerate(w.peers):

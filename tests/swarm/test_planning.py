@@ -57,6 +57,31 @@ def _sum(hop: Any) -> float:
     return float(hop.compute_s + hop.queue_s + hop.link_s + hop.serialise_s)
 
 
+def test_one_route_is_chosen_in_each_turn_of_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many are asked for at once: pings are answered in between."""
+    turns, chosen_at = 0, list[int]()
+    real = planning.find_route
+
+    def find_route(*given: Any) -> Route:
+        chosen_at.append(turns)
+        return real(*given)
+
+    async def count() -> None:
+        nonlocal turns
+        while len(chosen_at) < 50:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def act() -> None:
+        async with client(*THREE) as (_, c):
+            await c.plan(8, 4)
+            monkeypatch.setattr(planning, "find_route", find_route)
+            await asyncio.gather(count(), *(c.plan(8, 4) for _ in range(50)))
+            assert len({*chosen_at}) == 50
+
+    virtual.run(act())
+
+
 @scenario
 async def test_what_was_measured_is_not_measured_again() -> None:
     async with client(*THREE) as (_, c):
