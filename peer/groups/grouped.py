@@ -104,8 +104,9 @@ class Grouped:
         try:
             while True:
                 self._begin()
-                self._next = self._complete
-                if self._next is not None:
+                led = self._complete
+                if led is not None and led.lost is None:  # else its end is about to be told
+                    self._next = led
                     return
                 if self._begun is None and self.formation.single(self.own()):
                     await self._machine.ready()
