@@ -21,8 +21,9 @@ from typing import ClassVar
 import msgpack
 
 from hexswarm.errors import LocalProtocolError, RemoteProtocolError, UsageError
+from hexswarm.flat import flag, real
 from hexswarm.records import DTYPES, Load, PeerId, Sampling, Span
-from hexswarm.schema import amount, blob, flag, integer, list_of, one_of, real, share, text, wire
+from hexswarm.schema import amount, blob, integer, list_of, one_of, share, text, wire
 
 PROTOCOL_VERSION = 3
 MAX_HEADER_BYTES = 8192

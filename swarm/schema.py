@@ -8,10 +8,11 @@ float no position), and a bound for whatever has a size. `encode` and `decode` o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import field
 from typing import Any
+
+from hexswarm.flat import real
 
 Check = Callable[[Any], Any]
 
@@ -45,18 +46,6 @@ def blob(size: int) -> Check:
         return value
 
     return check
-
-
-def flag(value: Any) -> bool:
-    if type(value) is not bool:
-        raise ValueError("true or false was expected")
-    return value
-
-
-def real(value: Any) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise ValueError("a finite number was expected")
-    return float(value)
 
 
 def share(value: Any) -> float:

@@ -124,8 +124,8 @@ class Leases:
         for session in self._sessions:
             if session is not but and session.machine.failed is None:
                 tokens = _leased(session)
-                for stage in session.route.stages:
-                    held[stage.peer] += tokens
+                for peer in {stage.peer for stage in session.route.stages}:
+                    held[peer] += tokens
         return held
 
 
