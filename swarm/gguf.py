@@ -178,7 +178,10 @@ def read_gguf(path: Path) -> GgufFile:
     with view:
         try:
             return _parse(path, _Cursor(view))
-        except (struct.error, UnicodeDecodeError, _BadHeader) as error:
+        except struct.error as error:
+            why = f"it ends after {len(view)} bytes, in the midst of its header"
+            raise corrupt(path, why) from error
+        except (UnicodeDecodeError, _BadHeader) as error:
             raise corrupt(path, str(error)) from error
 
 

@@ -280,3 +280,10 @@ def test_any_damage_is_a_model_error_or_harmless(
         header.hf_tensors()
     except ModelError:
         pass
+
+
+def test_a_file_that_ends_too_soon_is_told_of_in_words(tmp_path: Path) -> None:
+    short = tmp_path / "short.gguf"
+    short.write_bytes(b"junk\n")
+    with pytest.raises(CorruptWeights, match="ends after 5 bytes, in the midst of its header"):
+        read_gguf(short)
