@@ -7,6 +7,8 @@ falls back on itself.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from hexswarm.errors import HexswarmError, PeerLost, Refused, SessionClosed
 from hexswarm.messages import Failed, Refuse
 from hexswarm.records import PeerId, Route, Stage
@@ -67,6 +69,12 @@ def overdue(route: Route, peer: PeerId, granted: set[PeerId]) -> PeerLost:
     waited = peer not in granted
     slow = _next(route, index_of(route, peer)) if waited else silent[-1]
     return lost(route, slow.peer, "did not open before the reservations of the others ended")
+
+
+def waits(route: Route, silent: Iterable[Stage]) -> list[tuple[PeerId, PeerId]]:
+    """Ways on which stages that have not answered may be waiting for the next one."""
+    ways = ((stage.peer, _next(route, route.stages.index(stage)).peer) for stage in silent)
+    return [(a, b) for a, b in ways if a != b]
 
 
 def _next(route: Route, index: int) -> Stage:

@@ -172,13 +172,19 @@ class Mender:
         how = error.how if isinstance(error, PeerLost) else error.cause
         self._stop(ward).gone.setdefault(peer, how)
         if isinstance(error, PeerLost) and error.beside is not None:
-            ward.cut(peer, PeerId(error.beside))
+            self._cut(ward, peer, PeerId(error.beside))
         self._avoid(ward, peer, error.retry_s if isinstance(error, Refused) else 0.0)
         if isinstance(error, PeerLost) and self._member.links.connected(peer):
             self._rumours.setdefault(peer, self._clock.monotonic())
         elif isinstance(error, PeerLost | RemoteProtocolError) or _at_fault(error):
             farewell_s = self._farewells.get(peer, 0.0)
             self._planner.failed(peer, blameless=farewell_s > self._clock.monotonic())
+
+    def _cut(self, ward: Ward, peer: PeerId, beside: PeerId) -> None:
+        """The way between two stages is lost, as far as is known."""
+        ward.cut(peer, beside)
+        if self._lives(peer) and self._lives(beside):
+            self._planner.cut(peer, beside)
 
     def _avoid(self, ward: Ward, peer: PeerId, retry_s: float = 0.0) -> None:
         """Longer with each failure of the peer in this turn."""
@@ -296,7 +302,7 @@ class Mender:
         self._stop(ward).gone[peer] = how
         ward.noted.add(peer)
         if beside is not None:
-            ward.cut(peer, beside)
+            self._cut(ward, peer, beside)
         self._avoid(ward, peer)
         log.info("session %s: peer %s %s", ward.session.name, peer[-8:], how)
         layers = spans[peer].first, spans[peer].end

@@ -27,6 +27,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import count
 
+from hexswarm import blame
 from hexswarm.clock import Clock
 from hexswarm.errors import HexswarmError, NoRoute, PeerLost, Refused
 from hexswarm.membership import Membership
@@ -245,6 +246,9 @@ class Opener:
             # A stage also keeps silent while it waits for the next one: blame one without a link.
             connected = self._member.links.connected
             stage = next((stage for stage in silent if not connected(stage.peer)), silent[0])
+            for a, b in blame.waits(session.route, silent):
+                if connected(a) and connected(b):
+                    self._planner.cut(a, b)
             raise self._late(stage, connect_s) from None
         except BaseException:
             session.close()
@@ -268,6 +272,8 @@ class Opener:
         peer, now = PeerId(error.peer), self._clock.monotonic()
         if self._member.links.missed_s(peer, now) < HEARD_S:
             self._planner.lost_s = now
+            if error.beside is not None:
+                self._planner.cut(peer, PeerId(error.beside))
         else:
             self._planner.failed(peer)
 

@@ -4,7 +4,8 @@ The router counts a way that nobody has measured as no time at all, so that it c
 best route for lack of knowledge; it names such ways (`Route.unmeasured`). Before the route is used
 they are measured, all at once: the client's own ways by itself, those between two peers by one of
 the two. Then the router chooses again. Few rounds suffice, since with every round the ways of the
-best routes are known. A way that cannot be measured counts as very long for a minute. Where no
+best routes are known. A way that cannot be measured counts as very long for a minute. One that let
+a session down, though both its ends live, is measured before another takes it: see `cut`. Where no
 route keeps the limits, the ways of the best ones are measured too, so that the latency which the
 error calls achievable is one.
 
@@ -275,7 +276,7 @@ class Planner:
                 if not ways or not left:
                     raise
             else:
-                ways = {*route.unmeasured}
+                ways = {*route.unmeasured} | self._view.told.doubted(_ways(route))
                 if not ways or not left:
                     break
             within_s = min(MEASURE_S, max(until_s - self._clock.monotonic(), REPAIR_MEASURE_S))
@@ -393,6 +394,11 @@ class Planner:
         if not blameless:
             self.bans.strike(peer, self.lost_s, self._rng)
 
+    def cut(self, a: PeerId, b: PeerId) -> None:
+        """Two peers that live seem not to hear each other: the way between them is measured before
+        a new session takes it, whatever was measured, announced or estimated of it."""
+        self._view.told.doubt((a, b))
+
     def announced(self, plan: Plan) -> dict[PeerId, float]:
         """Compute seconds per token of the route's peers, without what experience had added."""
         now = self._clock.monotonic()
@@ -419,6 +425,12 @@ class Planner:
 def without_habits(request: RouteRequest) -> RouteRequest:
     """The same request of a client that has no last route and draws no lots: for dry runs."""
     return replace(request, spread=0.0, previous=None)
+
+
+def _ways(route: Route) -> list[Pair]:
+    """Between its stages, in a ring."""
+    peers = _peers(route)
+    return [(a, b) for a, b in zip(peers, [*peers[1:], *peers[:1]], strict=True) if a != b]
 
 
 def _peers(route: Route) -> list[PeerId]:

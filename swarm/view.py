@@ -51,14 +51,16 @@ Heard = Mapping[PeerId, tuple[float, Load]]
 
 
 class Told:
-    """Ways measured on request, and those that could not be: they fade."""
+    """Ways measured on request, and those that could not be: they fade. And those in doubt."""
 
     def __init__(self) -> None:
         self._ways: dict[Pair, tuple[float, Link]] = {}
+        self._doubted: dict[frozenset[PeerId], None] = {}
 
     def remember(self, pair: Pair, link: Link | None, now: float) -> None:
         """None: the way could not be measured."""
         lasts_s = UNREACHABLE_FOR_S if link is None else TOLD_FOR_S
+        self._doubted.pop(frozenset(pair), None)
         self._ways.pop(pair, None)
         self._ways[pair] = (now + lasts_s, link or Link(UNREACHABLE_S))
         while len(self._ways) > MAX_TOLD:
@@ -66,6 +68,16 @@ class Told:
 
     def ways(self, now: float) -> dict[Pair, Link]:
         return {pair: link for pair, (until_s, link) in self._ways.items() if until_s > now}
+
+    def doubt(self, pair: Pair) -> None:
+        """Something was lost on this way, though both its ends live."""
+        self._doubted[frozenset(pair)] = None
+        while len(self._doubted) > MAX_TOLD:
+            del self._doubted[next(iter(self._doubted))]
+
+    def doubted(self, pairs: Iterable[Pair]) -> set[Pair]:
+        """Those of `pairs` that were not measured since something was lost there."""
+        return {pair for pair in pairs if frozenset(pair) in self._doubted}
 
 
 class Leases:

@@ -4,19 +4,22 @@ time."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 
+from hexswarm.bans import Bans
 from hexswarm.client import AsyncClient
 from hexswarm.conversation import Answer, Completion
 from hexswarm.directory import SignedAnnouncement
 from hexswarm.errors import PeerLost
 from hexswarm.explained import repair_text
-from hexswarm.records import PeerId, Route, Span, Stage
+from hexswarm.planning import MEASURE_S
+from hexswarm.records import Link, PeerId, Route, Span, Stage
 from hexswarm.trace import Place, Repair
+from hexswarm.view import UNREACHABLE_FOR_S
 from hexswarm.wards import repaired
 from tests import virtual
 from tests.asking import PROMPT, THREE, client, scenario
@@ -354,6 +357,56 @@ async def test_stages_that_cannot_reach_each_other() -> None:
         assert left in {item.peer for item in c._member.alive()}
         assert left in c._planner.bans.banned(now())
         w.network.heal(*pairs[0])
+
+
+@scenario
+async def test_a_way_that_was_lost_is_measured_before_another_session_takes_it() -> None:
+    """It is half open still when nobody is banned any more. One session waits for the measuring;
+    without it each that comes along would wait for stages to open that do not hear each other."""
+    async with client(*TWICE) as (w, c):
+        pair: list[PeerId] = []
+
+        def part(w: World, route: Route) -> None:
+            pair.extend(at(route, (0, 1)))
+            w.network.freeze(*pair)
+
+        await struck(w, c, (10, part))
+        took_s = [await without_memory(w, c, pair) for _ in range(5)]
+        assert max(took_s) < MEASURE_S + 2.0
+        assert sorted(took_s)[-2] < 2.0
+        w.network.heal(*pair)
+
+
+@pytest.mark.parametrize("act", ["freeze", "cut"])
+def test_a_way_that_held_up_an_opening_does_so_once(act: str) -> None:
+    """It was well when it was measured. Whoever opens along it waits for stages that wait for each
+    other, or is refused, and remembers: later sessions open as they did when all was well."""
+
+    async def held_up() -> None:
+        async with client(*TWICE) as (w, c):
+            pair = PeerId("p0"), PeerId("p1")
+            c._planner._view.told.remember(pair, Link(0.001), now())
+            getattr(w.network, act)(*pair)
+            took_s = [await without_memory(w, c, pair) for _ in range(6)]
+            assert max(took_s) < c.config.connect_s + MEASURE_S + 2.0
+            w.network.heal(*pair)
+            await asyncio.sleep(UNREACHABLE_FOR_S)
+            well_s = [await without_memory(w, c, ()) for _ in range(3)]
+            assert took_s[-1] == pytest.approx(well_s[-1], abs=0.01)
+
+    virtual.run(held_up())
+
+
+async def without_memory(w: World, c: AsyncClient, avoided: Sequence[PeerId]) -> float:
+    """Seconds of an answer, some time later, by a client that holds nothing against anybody; its
+    route has not all of `avoided`, and stays as it is."""
+    await asyncio.sleep(5)
+    c._planner.bans, c._planner._previous = Bans(), None
+    began_s = now()
+    it = await struck(w, c)
+    assert all(it.kept)
+    assert not avoided or not {*avoided} <= {*it.before}
+    return now() - began_s
 
 
 @scenario

@@ -165,6 +165,10 @@ def test_what_could_not_be_measured_is_far_away_for_a_minute() -> None:
     assert told.ways(11.0) == {(A, B): Link(UNREACHABLE_S), (B, C): Link(0.1)}
     assert told.ways(10.0 + UNREACHABLE_FOR_S) == {(B, C): Link(0.1)}
     assert told.ways(10.0 + TOLD_FOR_S) == {}
+    told.doubt((B, A))
+    assert told.doubted([(A, B), (B, C)]) == {(A, B)}
+    told.remember((A, B), Link(0.1), 20.0)
+    assert told.doubted([(A, B), (B, A)]) == set()
 
 
 def test_same_ways() -> None:
