@@ -270,6 +270,8 @@ class Mender:
         for ward in wards:
             machine = ward.session.machine
             if machine.mending:
+                if self._mute(ward):
+                    ward.news.set()
                 continue
             made = ward.detector.beat(now, ward.known, self._pulse, rtts_s, owed=machine.awaited)
             self._settle(ward, ward.detector.token_s)
@@ -404,22 +406,39 @@ class Mender:
         ward.session.reroute(plan.route, budgets)
 
     async def _opened(self, ward: Ward, within_s: float) -> bool:
-        """Wait for news of the new route; whoever is silent at the end is suspected."""
+        """Wait for news of the new route; whoever is silent at the end is suspected. False if all
+        of the time was used up: the machine may be busy."""
         machine = ward.session.machine
+        began_s, mute = self._clock.monotonic(), list[PeerId]()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within_s):
-                while ward.alive and machine.mending and not machine.broken:
+                while ward.alive and machine.mending and not machine.broken and not mute:
                     await ward.news.wait()
                     ward.news.clear()
+                    mute = self._mute(ward)
         if not ward.alive or not machine.mending or machine.broken:
             return True
+        took_s = self._clock.monotonic() - began_s
         route = [stage.peer for stage in machine.route.stages]
-        for peer in self._holding_up(ward):
+        for peer in mute or self._holding_up(ward):
             # One that lives waits for the next one, most likely.
             after = route[(route.index(peer) + 1) % len(route)] if self._lives(peer) else peer
             beside = after if after != peer else None
-            self._suspect(ward, peer, f"did not open within {within_s:.1f} s", beside)
-        return False
+            self._suspect(ward, peer, f"did not open within {took_s:.1f} s", beside)
+        return bool(mute)
+
+    def _mute(self, ward: Ward) -> list[PeerId]:
+        """Stages of the new route that we wait for in vain: links that do not answer, of a network
+        that does."""
+        now, rtts_s = self._clock.monotonic(), self._member.links.rtts
+        silent = (stage.peer for stage in ward.session.machine.silent)
+        return [
+            peer
+            for peer in silent
+            if self._member.links.connected(peer)
+            and self._pulse.alone(peer, rtts_s)
+            and self._pulse.silent(peer, now, rtts_s.get(peer, 0.0))
+        ]
 
     def _holding_up(self, ward: Ward) -> list[PeerId]:
         """Whom the others wait for: a stage also keeps silent while it waits for the next one."""

@@ -54,6 +54,11 @@ def fill(
     raise why
 
 
+def kept(before: Route, after: Route) -> int:
+    """How many stages go on with what they hold."""
+    return len({(s.peer, s.span) for s in before.stages} & {(s.peer, s.span) for s in after.stages})
+
+
 def attempts(route: Route, gone: Collection[PeerId]) -> Iterator[list[Span]]:
     """Sets of holes to fill, the smallest first."""
     stages = route.stages

@@ -4,10 +4,10 @@ The router counts a way that nobody has measured as no time at all, so that it c
 best route for lack of knowledge; it names such ways (`Route.unmeasured`). Before the route is used
 they are measured, all at once: the client's own ways by itself, those between two peers by one of
 the two. Then the router chooses again. Few rounds suffice, since with every round the ways of the
-best routes are known. A way that cannot be measured counts as very long for a minute. One that let
-a session down, though both its ends live, is measured before another takes it: see `cut`. Where no
-route keeps the limits, the ways of the best ones are measured too, so that the latency which the
-error calls achievable is one.
+best route and of its spares are known. A way that cannot be measured counts as very long for a
+minute. One that let a session down, though both its ends live, is measured before another takes it:
+see `cut`. Where no route keeps the limits, the ways of the best ones are measured too, so that the
+latency which the error calls achievable is one.
 
 Peers that failed lately are done without where that is possible (`hexswarm.bans`): first the
 banned and, by lot, those on probation, then the banned alone, and if there is no route without them
@@ -34,7 +34,7 @@ from typing import Any
 from hexswarm.bans import Bans
 from hexswarm.clock import Clock
 from hexswarm.errors import HexswarmError, NoRoute
-from hexswarm.holes import fill
+from hexswarm.holes import fill, kept
 from hexswarm.membership import Membership
 from hexswarm.options import Wishes
 from hexswarm.records import (
@@ -70,6 +70,8 @@ JUST_ABOVE = 1.01
 SPREAD = 0.1
 """Routes within a tenth of the best are near-equal: announced loads are up to 30 s old and
 predictions err by about as much, so the choice between them is a matter of spreading the load."""
+ASKED = 3
+"""Repairs of one route whose newcomers are asked at once whether they live."""
 NEVER_S = 1e-9
 """A limit that nobody keeps."""
 PLACE_S = 1.0
@@ -245,14 +247,51 @@ class Planner:
     async def _fill(
         self, plan: Plan, request: RouteRequest, gone: frozenset[PeerId]
     ) -> tuple[Snapshot, Route, RouteRequest]:
-        now = self._clock.monotonic()
-        view, asked = self._going_on(plan, request)
-        route, kept = fill(view, asked, plan.route, gone, now, self._rng)
-        if route.unmeasured:
-            await self._measure(view, request.model, route.unmeasured, REPAIR_MEASURE_S)
-            view, asked = self._going_on(plan, request)  # others may have gone meanwhile
-            route, kept = fill(view, asked, plan.route, gone, now, self._rng)
-        return view, route, kept
+        """Newcomers without a link may be as dead as whoever is gone, so they are asked, and in the
+        same moment those who would come in instead. The first choice that answers is taken, if it
+        changes no more of the route and keeps the same limits."""
+        local = self._member.transport.local
+        ways, strange = set[Pair](), frozenset[PeerId]()
+        first = self._filled(plan, request, gone)
+        with contextlib.suppress(NoRoute):
+            choice = first
+            for _ in range(ASKED):
+                ways |= {*choice[1].unmeasured}
+                if not (fresh := self._strangers(plan, choice[1])):
+                    break
+                ways |= {(local, peer) for peer in fresh}
+                strange |= fresh
+                choice = self._filled(plan, request, gone, strange)
+        if not ways:
+            return first
+        await self._measure(first[0], request.model, ways, REPAIR_MEASURE_S)
+        first = self._filled(plan, request, gone)  # others may have gone meanwhile
+        mute = frozenset(peer for peer in strange if not self._member.links.connected(peer))
+        if not mute:
+            return first
+        with contextlib.suppress(NoRoute):
+            choice = self._filled(plan, request, gone, mute)
+            same = choice[2].tpot_s == first[2].tpot_s
+            same &= kept(plan.route, choice[1]) >= kept(plan.route, first[1])
+            if same and not self._strangers(plan, choice[1]):
+                return choice
+        return first
+
+    def _filled(
+        self,
+        plan: Plan,
+        request: RouteRequest,
+        gone: frozenset[PeerId],
+        deny: frozenset[PeerId] = frozenset(),
+    ) -> tuple[Snapshot, Route, RouteRequest]:
+        """The best repair, as far as is known now, and the request whose limits it keeps."""
+        view, asked = self._going_on(plan, replace(request, deny=request.deny | deny))
+        return view, *fill(view, asked, plan.route, gone, self._clock.monotonic(), self._rng)
+
+    def _strangers(self, plan: Plan, route: Route) -> frozenset[PeerId]:
+        """Newcomers to the plan's route to whom we have no link."""
+        fresh = frozenset(_peers(route)) - frozenset(_peers(plan.route))
+        return frozenset(peer for peer in fresh if not self._member.links.connected(peer))
 
     def _going_on(self, plan: Plan, request: RouteRequest) -> tuple[Snapshot, RouteRequest]:
         """The swarm as known now, with peers of the plan that the directory lost as they were.
@@ -279,6 +318,7 @@ class Planner:
                 ways = {*route.unmeasured} | self._view.told.doubted(_ways(route))
                 if not ways or not left:
                     break
+                ways |= {way for spare in route.spares for way in spare.unmeasured}
             within_s = min(MEASURE_S, max(until_s - self._clock.monotonic(), REPAIR_MEASURE_S))
             await self._measure(view, request.model, ways, within_s)
         return Plan(view, request, route)

@@ -16,8 +16,10 @@ from hexswarm.conversation import Answer, Completion
 from hexswarm.directory import SignedAnnouncement
 from hexswarm.errors import PeerLost
 from hexswarm.explained import repair_text
+from hexswarm.failover import ATTEMPT_S
 from hexswarm.planning import MEASURE_S
 from hexswarm.records import Link, PeerId, Route, Span, Stage
+from hexswarm.runtime import OpenSession
 from hexswarm.trace import Place, Repair
 from hexswarm.view import UNREACHABLE_FOR_S
 from hexswarm.wards import repaired
@@ -184,6 +186,29 @@ def test_several_at_once(both: tuple[int, ...]) -> None:
             assert it.gap_s < 2.0
 
     virtual.run(act())
+
+
+def test_a_replacement_that_falls_silent_is_left_before_its_time_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def one_by_one() -> None:
+        async with client(*SEVEN) as (w, c):
+            chosen: list[PeerId] = []
+            real = OpenSession.reroute
+
+            def reroute(session: OpenSession, route: Route, *more: Any) -> None:
+                if not chosen:
+                    chosen.extend(at(route, (1,)))
+                    w.network.freeze(*chosen)
+                real(session, route, *more)
+
+            monkeypatch.setattr(OpenSession, "reroute", reroute)
+            it = await struck(w, c, (10, freeze(1)))
+            assert (it.before[1], chosen, it.after[1]) == ("p1", ["p4"], "p6")
+            assert it.gap_s < 1.6 + ATTEMPT_S - 0.3, "each was suspected"
+            w.network.heal(*chosen)
+
+    virtual.run(one_by_one())
 
 
 @scenario

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ from hexswarm.errors import NoRoute, Refused, UsageError
 from hexswarm.opening import next_spare
 from hexswarm.options import Wishes
 from hexswarm.planning import without_habits
-from hexswarm.records import PeerId, Route, RouteRequest, Span, Stage
+from hexswarm.records import Link, PeerId, Route, RouteRequest, Span, Stage
 from tests import virtual
 from tests.asking import PROMPT, SPARED, THREE, client, scenario
+from tests.world import World
 
 P0, P1, P2, P3 = (PeerId(f"p{number}") for number in range(4))
 
@@ -55,6 +57,13 @@ async def test_every_way_of_a_route_is_measured_before_it_is_used() -> None:
 
 def _sum(hop: Any) -> float:
     return float(hop.compute_s + hop.queue_s + hop.link_s + hop.serialise_s)
+
+
+@scenario
+async def test_a_newcomer_takes_the_best_route_at_its_first_request() -> None:
+    """Ways that nobody knows count as none: routes over them look best until each is measured."""
+    async with client(*THREE, *THREE, (2, 4)) as (_, c):
+        assert peers((await c.plan(8, 40)).route) == ["p0", "p1", "p2"]
 
 
 def test_one_route_is_chosen_in_each_turn_of_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,6 +424,37 @@ async def test_a_hole_is_planned_without_the_banned_and_with_them_if_need_be() -
         assert mended.route.stages[1].peer == others[0]
         with pytest.raises(NoRoute):
             await c._planner.replan(plan, gone, 20, 18, deny | {PeerId(others[0])})
+
+
+async def vanish(w: World, peer: PeerId) -> None:
+    """Its links end, and nothing comes back from it any more."""
+    w.network.cut(peer)
+    await asyncio.sleep(0.1)
+    assert not w.links.connected(peer)
+    w.network.heal(peer)
+    w.network.freeze(peer)
+
+
+@scenario
+async def test_those_who_may_come_in_are_asked_at_once_whether_they_live() -> None:
+    async with client(*SPARED, (2, 4)) as (w, c):
+        link, told = Link(0.001), c._planner._view.told
+        gone, dead, alive = frozenset({P1}), P3, PeerId("p4")
+        known = list(combinations((P0, P1, P2, dead, alive, w.transport.local), 2))
+        for pair in known:
+            told.remember(pair, link, 0.0)
+        plan = await c.plan(8, 30)
+        assert peers(plan.route) == ["p0", "p1", "p2"]
+        mended = await c._planner.replan(plan, gone, 20, 18, gone)
+        assert peers(mended.route) == ["p0", "p3", "p2"], "the faster one"
+        await vanish(w, dead)
+        began_s = asyncio.get_running_loop().time()
+        mended = await c._planner.replan(plan, gone, 20, 18, gone)
+        assert peers(mended.route) == ["p0", "p4", "p2"], "the one that answers"
+        assert asyncio.get_running_loop().time() - began_s <= planning.REPAIR_MEASURE_S
+        await vanish(w, alive)
+        mended = await c._planner.replan(plan, gone, 20, 18, gone)
+        assert peers(mended.route) == ["p0", "p3", "p2"], "nobody answers: it may be far away"
 
 
 @scenario
