@@ -11,6 +11,10 @@ this machine, a client in this process, and somebody who kills.
     python benchmarks/chaos.py load              # 1,000 sessions at once, three rounds
     python benchmarks/chaos.py all
 
+On a GPU, which all peers share, with a model of more weight (`random_model.py`):
+
+    python benchmarks/chaos.py matrix --device cuda --model FOLDER
+
 `met` says whether a part reached its bars, which its module names (`chaos_matrix.py`,
 `chaos_soak.py`, `chaos_load.py`). Progress goes to stderr; the last line is one JSON object. Every
 process is ended by its id, also on failure. Stalls include the computing of what is replayed, and
@@ -60,8 +64,9 @@ def swarm_of(flags: argparse.Namespace, *, replicas: int = REPLICAS, **more: Any
     layers = resolve(flags.model, home=cache()).spec.layers
     edges = [layers * number // STAGES for number in range(STAGES + 1)]
     spans = [f"{first}:{end}" for first, end in itertools.pairwise(edges)]
-    more.setdefault("extra", ("--kv-tokens", str(KV_TOKENS)))
-    return Replicas(spans, replicas, model=flags.model, **more)
+    kv_tokens = str(more.pop("kv_tokens", KV_TOKENS))
+    extra = ("--kv-tokens", kv_tokens, "--device", flags.device, "--dtype", flags.dtype)
+    return Replicas(spans, replicas, model=flags.model, extra=extra, **more)
 
 
 class Progress:
@@ -138,8 +143,7 @@ def bootstraps(flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def load(flags: argparse.Namespace) -> dict[str, Any]:
-    extra = ("--kv-tokens", str(LOAD_KV_TOKENS))
-    swarm, sessions = swarm_of(flags, replicas=1, extra=extra), flags.sessions or 1000
+    swarm, sessions = swarm_of(flags, replicas=1, kv_tokens=LOAD_KV_TOKENS), flags.sessions or 1000
 
     async def work(said: Said) -> dict[str, Any]:
         return await chaos_load.load(swarm, sessions, 3, said)
@@ -174,6 +178,8 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     made.add_argument("part", nargs="+", choices=[*PARTS, "all"])
     made.add_argument("--model", default=DEFAULT_MODEL)
+    made.add_argument("--device", default="cpu", help="of the peers")
+    made.add_argument("--dtype", default="float32", help="of the peers: others may break ties")
     made.add_argument("--seeds", type=int, default=3, help="matrix: how many")
     made.add_argument(
         "--only", type=choice, default={}, metavar="AXIS=VALUE,...", help="matrix: these cases"

@@ -37,67 +37,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from random_model import VOCABULARY, write_model
 
 PROMPT, IN_A_ROW = 32, 6
-VOCABULARY = {"8b": 32768, "tiny": 512}
-TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-
-
-# --- the model ------------------------------------------------------------------------------------
-
-
-def write_model(folder: Path, given: argparse.Namespace) -> int:
-    """Random weights as a checkpoint has them, one file for each few layers; bytes written."""
-    import torch
-    from engine_gpu import SHAPES
-    from safetensors.torch import save_file
-
-    from hexswarm.architecture import span_shapes
-    from hexswarm.records import Span
-
-    shape, dtype = SHAPES[given.shape], getattr(torch, given.dtype)
-    config = shape.config(given.layers - 2)
-    config |= {
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": VOCABULARY[given.shape],
-        "tie_word_embeddings": False,
-        "torch_dtype": given.dtype,
-    }
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    _write_tokenizer(folder)
-    tensors, places, written = {}, {}, 0
-    shapes = span_shapes(config, Span(0, given.layers))
-    room, names = 4 << 30, list(shapes)
-    for name in names:
-        size = shapes[name]
-        if len(size) == 1:
-            made = torch.ones(size, dtype=dtype)
-        else:
-            made = torch.randn(size, dtype=dtype, device=given.device) / size[1] ** 0.5
-        tensors[name] = made.cpu()
-        written += tensors[name].nbytes
-        if sum(t.nbytes for t in tensors.values()) > room or name == names[-1]:
-            file = f"model-{len(set(places.values())):05d}.safetensors"
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-            places |= dict.fromkeys(tensors, file)
-            tensors = {}
-    index = {"metadata": {"total_size": written}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return written
-
-
-def _write_tokenizer(folder: Path) -> None:
-    """Bytes as words, and no word that ends an answer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    words = {word: n for n, word in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(words, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 # --- the bare engine ------------------------------------------------------------------------------
@@ -384,7 +326,7 @@ def main() -> None:
     report: dict[str, Any] = {"shape": given.shape, "layers": given.layers, "tokens": given.tokens}
     try:
         began = time.perf_counter()
-        written = write_model(home / "model", given)
+        written = write_model(home / "model", given.shape, given.layers, given.dtype, given.device)
         took_s = time.perf_counter() - began
         say(f"wrote {written / 1e9:.1f} GB in {took_s:.1f} s")
         report |= bare(home / "model", given)

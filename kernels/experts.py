@@ -69,7 +69,7 @@ def _route(
     tl.store(experts_ptr + row * CHOSEN + place, experts, mask=place < CHOSEN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["PAIRS", "SLOTS"])
 def _sort(
     experts_ptr, order_ptr, plan_ptr, PAIRS, SLOTS, FIRST, HELD,
     APART: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
@@ -107,7 +107,7 @@ def _sort(
         tl.store(plan_ptr + 2 * SLOTS + slot, end, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SLOTS"])
 def _grouped(
     x_ptr, w_ptr, order_ptr, plan_ptr, shares_ptr, out_ptr, SLOTS, N, K, stride_x,
     CHOSEN: tl.constexpr, GATED: tl.constexpr, TILE: tl.constexpr,

@@ -33,7 +33,7 @@ ROWS = 16
 """Most tokens of a batch."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _linear(
     x_ptr, w_ptr, scale_ptr, bias_ptr, out_ptr, M, N, K, stride_x, stride_out,
     GATED: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, BITS: tl.constexpr,

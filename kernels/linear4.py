@@ -129,7 +129,7 @@ def _tile(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _matrix4(
     x_ptr, w_ptr, scale_ptr, bias_ptr, out_ptr, M, N, K, stride_x, stride_out,
     GATED: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, GROUP: tl.constexpr,

@@ -17,7 +17,7 @@ from hexswarm.peer.cache import BLOCK_TOKENS
 from hexswarm.peer.fitting import held_bytes
 from hexswarm.peer.hosting import Host, Hosting
 from hexswarm.peer.packing import kept_of
-from hexswarm.peer.probe import Measured, cached, measure, try_threads
+from hexswarm.peer.probe import Measured, cached, measure, rehearse, try_threads
 from hexswarm.peer.runner import Runner
 from hexswarm.peer.threads import fewest_threads
 from hexswarm.progress import Progress
@@ -122,6 +122,8 @@ def _prepare(
         shard.warm(pool)
     runner = Runner(shard, pool)
     shape = (span, folder.spec.layers, folder.spec.hidden, dtype)
+    if shard.backend == "triton":
+        rehearse(runner.run, *shape)
     if shard.backend == "native" and not config.threads:
 
         def resize(count: int) -> None:

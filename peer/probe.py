@@ -15,7 +15,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,25 @@ def measure(
     return Measured(speed, _efficient_tokens(short, prefill))
 
 
+def rehearse(run: Callable[[Batch], Any], span: Span, layers: int, hidden: int, dtype: str) -> None:
+    """Run each kind of piece once that sessions bring, on blocks from 0 on.
+
+    On a GPU what has not been met is compiled, or loaded, when it comes: seconds, which would else
+    fall into somebody's answer, and most likely into one that has just lost another peer.
+    """
+    rows, half = _Rows(span, layers, hidden, dtype), CHUNK_TOKENS // 2
+    drawn = TailPolicy(Sampling(temperature=0.7, top_k=20, top_p=0.9))
+    for batch in (
+        [rows.row(b"probe", 0, CHUNK_TOKENS, True)],
+        [rows.row(b"probe", half, half, True)],
+        [rows.row(b"probe", half, SHORT_TOKENS // 2 + 1, True)],
+        [rows.row(b"probe", 0, half, True), rows.row(b"other", half, half, True)],
+        [rows.row(b"probe", half, 1, True), rows.row(b"other", 0, half, False)],
+        [replace(rows.row(b"probe", half, 1, True), policy=drawn if rows.tail else None)],
+    ):
+        run(Batch(tuple(batch)))
+
+
 def again(run: Callable[[Batch], Any], span: Span, layers: int, hidden: int, dtype: str) -> float:
     """Seconds of a single decode step, now; only while no session has KV in the pool."""
     row = _Rows(span, layers, hidden, dtype).row(b"probe", CHUNK_TOKENS, 1, False)
@@ -120,7 +139,7 @@ class _Rows:
     """Rows of a made-up session for one span."""
 
     def __init__(self, span: Span, layers: int, hidden: int, dtype: str) -> None:
-        self._head, self._tail = span.first == 0, span.end == layers
+        self._head, self.tail = span.first == 0, span.end == layers
         self._blocks = tuple(range(blocks_of(CHUNK_TOKENS + STEPS + 1)))
         self._hidden, self._dtype = hidden, dtype
 
@@ -133,9 +152,9 @@ class _Rows:
             payload=[n % WORDS for n in range(count)]
             if self._head
             else Activations(data, self._dtype),
-            sample=sample and self._tail,
+            sample=sample and self.tail,
             blocks=self._blocks,
-            policy=TailPolicy(Sampling()) if self._tail else None,
+            policy=TailPolicy(Sampling()) if self.tail else None,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from hexswarm.peer.probe import (
     again,
     cached,
     measure,
+    rehearse,
 )
 from hexswarm.peer.steps import Activations, Batch
 from hexswarm.records import Span, Speed
@@ -23,9 +25,11 @@ from hexswarm.records import Span, Speed
 FOUND = Measured(Speed(0.001, 0.0001, 0.01, 0.0002), 77)
 
 
-@pytest.mark.parametrize("span", [Span(0, 2), Span(2, 4), Span(4, 6), Span(0, 6)])
-def test_it_runs_legal_rows_only(span: Span) -> None:
-    seen = []
+SPANS = [Span(0, 2), Span(2, 4), Span(4, 6), Span(0, 6)]
+
+
+def checked(span: Span, seen: list[Batch]) -> Callable[[Batch], None]:
+    """A runner of 6 layers and 8 dimensions that notes batches and takes none that it may not."""
 
     def run(batch: Batch) -> None:
         for row in batch.rows:
@@ -39,13 +43,34 @@ def test_it_runs_legal_rows_only(span: Span) -> None:
             assert (row.policy is not None) == (span.end == 6)
         assert len({row.session for row in batch.rows}) == len(batch.rows)
         assert len({row.position for row in batch.rows}) == len(batch.rows)
-        seen.append(tuple(row.count for row in batch.rows))
+        seen.append(batch)
 
-    found = measure(run, span, layers=6, hidden=8, dtype="float32")
-    assert len(set(seen)) == 4
+    return run
+
+
+@pytest.mark.parametrize("span", SPANS)
+def test_it_runs_legal_rows_only(span: Span) -> None:
+    seen: list[Batch] = []
+    found = measure(checked(span, seen), span, layers=6, hidden=8, dtype="float32")
+    assert len({tuple(row.count for row in batch.rows) for batch in seen}) == 4
     assert found.speed.decode_layer_s >= 0
     assert (found.speed.head_s == 0) or span.end == 6
     assert SHORT_TOKENS <= found.efficient_tokens <= MOST_EFFICIENT
+
+
+@pytest.mark.parametrize("span", SPANS)
+def test_the_rehearsal_has_all_kinds_of_pieces(span: Span) -> None:
+    seen: list[Batch] = []
+    rehearse(checked(span, seen), span, layers=6, hidden=8, dtype="float32")
+    rows = [batch.rows for batch in seen]
+    assert any(len(r) == 1 and r[0].position == 0 and r[0].count > 64 for r in rows), "a prompt"
+    assert any(len(r) == 1 and r[0].position and r[0].count > 16 for r in rows), "a later piece"
+    assert any(r[0].position and 1 < r[0].count < 16 for r in rows), "the rest of one"
+    assert any(len(r) > 1 and all(row.count > 1 for row in r) for r in rows), "several at once"
+    assert any({row.count == 1 for row in r} == {True, False} for r in rows), "beside a decode"
+    policies = [row.policy for r in rows for row in r if row.policy]
+    drawn = any(policy.sampling.temperature > 0 for policy in policies)
+    assert drawn == (span.end == 6), "a token that is drawn"
 
 
 def test_a_row_more_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from hexswarm.config import PeerConfig
 from hexswarm.errors import UsageError
 from hexswarm.kernels.quantise import Quantised, dequantise, quantise
 from hexswarm.peer.models.registry import architecture
+from hexswarm.peer.probe import rehearse
 from hexswarm.peer.runner import Runner
 from hexswarm.peer.shard import BITS, Shard
 from hexswarm.peer.steps import Batch, Row, TailPolicy
@@ -221,3 +222,27 @@ def test_half_precision_on_a_gpu_is_near(quant):
             for runner in (half, exact)
         )
         assert (got - wanted).norm() / wanted.norm() < 0.08
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("quant", ["none", "int8", "int4"])
+def test_after_the_rehearsal_no_session_meets_a_compiler(name, quant, monkeypatch):
+    """Prompts and steps of all kinds and numbers: each kernel is there."""
+    knobs = pytest.importorskip("triton.knobs")
+    runner = make(name, "auto", "cuda", warm=False, dtype="bfloat16", quant=quant)
+    runner.shard.warm(runner.pool)
+    rehearse(runner.run, Span(0, LAYERS), LAYERS, BASE["hidden_size"], "bfloat16")
+    met = []
+    monkeypatch.setattr(
+        knobs.compilation, "listener", lambda src, **_: met.append((src.name, str(src.constants)))
+    )
+    answer([runner], prompts(3, longest=200), 3)
+    for count in (1, 3, 7, 16, 17, 40):
+        answer([runner], [[token] for token in range(count)], 2)
+    staggered(runner, prompts(5, longest=60))
+    drawn = TailPolicy(Sampling(temperature=1.0, min_p=0.1))
+    row = Row(b"a", 0, 5, [1, 2, 3, 4, 5], True, tuple(range(8)), policy=drawn)
+    assert runner.run(Batch((row,)))[0].error is None
+    assert met == []
