@@ -294,6 +294,8 @@ class Detector:
         self._computed: dict[PeerId, tuple[int, float]] = {}
         """What each told last of its work for all, and when it had last told another number."""
         self._unmoved = 0
+        self._cut: Suspect | None = None
+        """Who was cut off from a neighbour, by the last answers."""
         self._still_s = now
         """Since when nobody told of a move."""
         self._checks_pace = False
@@ -358,6 +360,7 @@ class Detector:
             if self._computed.get(peer, (-1, now))[0] != item.computed:
                 self._computed[peer] = item.computed, now
         found = culprit(self._stages, told, known)
+        self._cut = found if found.beside is not None else None
         if found.beside is not None:
             self._ask_later(moved and not first)
             return self._leave(found) if self._unmoved >= STUCK_QUESTIONS else []
@@ -367,10 +370,18 @@ class Detector:
         stuck = min(late_s, idle_s) >= self._stuck_s or min(late_s, still_s) >= BUSY_S
         return self._leave(found) if stuck and self._unmoved >= STUCK_QUESTIONS else []
 
+    def agree(self, lost: Collection[tuple[PeerId, PeerId]]) -> list[Decision]:
+        """Other turns have lost these ways lately, from the second to the first: if this one seems
+        to wait for one of them, one answer less is enough."""
+        found = self._cut
+        if found is None or (found.peer, found.beside) not in lost:
+            return []
+        return self._leave(found) if self._unmoved >= STUCK_QUESTIONS - 1 else []
+
     # --- inside ---------------------------------------------------------------------------------
 
     def _leave(self, found: Suspect) -> list[Decision]:
-        self._unmoved = 0
+        self._unmoved, self._cut = 0, None
         return [found]
 
     def _ask_later(self, at_work: bool) -> None:
@@ -380,6 +391,7 @@ class Detector:
     def _count(self, now: float, tokens: int) -> None:
         step_s = (now - self._token_s) / tokens
         self._token_s, self._told, self._unmoved, self._ask_more_s = now, {}, 0, 0.0
+        self._cut = None
         if self._first:  # the time to the first token is no step, but no step takes longer
             self._first, self._mean_s = False, min(self._predicted_s, step_s)
             return

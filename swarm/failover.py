@@ -59,6 +59,8 @@ ALONE_S = 1.0
 """The same where there is nobody else, each time: what broke may have been the way between two."""
 RUMOUR_S = 2.0
 """So long our own link has to show that a peer is dead that others call lost."""
+CUT_S = 10.0
+"""So long the verdict on a way counts for other turns."""
 FAREWELL_S = 5.0
 """So much longer than it said a peer that leaves may take to be gone."""
 DIAL_S = 2.0
@@ -89,6 +91,9 @@ class Mender:
         """Peers that others called lost, and since when."""
         self._farewells: dict[PeerId, float] = {}
         """Peers that said they would go, and by when: their loss is no failure."""
+        self._cuts: dict[tuple[PeerId, PeerId], float] = {}
+        """Ways that a turn has lost, to the first from the second, and when: what is known to one
+        need not be found out by all."""
         self._reading: asyncio.Task[None] | None = None
         self._ticker: asyncio.Task[None] | None = None
         runtime.on_broken = self._on_broken
@@ -270,7 +275,7 @@ class Mender:
         for ward in wards:
             machine = ward.session.machine
             if machine.mending:
-                if self._mute(ward):
+                if not machine.broken and self._mute(ward):
                     ward.news.set()
                 continue
             made = ward.detector.beat(now, ward.known, self._pulse, rtts_s, owed=machine.awaited)
@@ -284,6 +289,8 @@ class Mender:
                     ward.asking = asyncio.create_task(self._ask(ward))
                 case Suspect(peer=peer, how=how, beside=beside):
                     self._suspect(ward, peer, how, beside)
+                    if beside is not None:
+                        self._cuts[peer, beside] = self._clock.monotonic()
                 case Slow(peer=peer, step_s=step_s):
                     ward.slow[peer] = step_s
                     self._mend(ward)
@@ -293,7 +300,9 @@ class Mender:
         machine = ward.session.machine
         if ward.alive and not machine.mending:
             now = self._clock.monotonic()
-            self._decide(ward, ward.detector.progress(now, told, ward.known))
+            self._cuts = {way: at_s for way, at_s in self._cuts.items() if now - at_s < CUT_S}
+            made = ward.detector.progress(now, told, ward.known)
+            self._decide(ward, made or ward.detector.agree(self._cuts))
 
     def _suspect(self, ward: Ward, peer: PeerId, how: str, beside: PeerId | None = None) -> None:
         """Our own verdict on a stage."""

@@ -36,7 +36,8 @@ class Account:
 
     def __init__(self, blame: Callable[[str, str], None]) -> None:
         self._blame = blame
-        self._given: dict[Epoch, dict[int, dict[int, bytes]]] = {}
+        self._given: dict[Invitation, dict[int, dict[int, bytes]]] = {}
+        """Epochs begin at 1 again where all of a group were killed and nobody is left who knows."""
         self._present: dict[Any, Epoch] = {}
         self._past: set[tuple[Any, Epoch]] = set()
         self._entered: set[tuple[Any, Epoch]] = set()
@@ -53,7 +54,7 @@ class Account:
     def gave(self, process: Any, asked: Invitation, rank: int, number: int, part: bytes) -> None:
         """A process adds its part to a sum."""
         epoch = (asked.group, asked.epoch)
-        parts = self._given.setdefault(epoch, {}).setdefault(number, {})
+        parts = self._given.setdefault(asked, {}).setdefault(number, {})
         if rank in parts:
             self._blame("I10", f"rank {rank} of {epoch} gave to sum {number} twice")
         parts[rank] = part
@@ -68,7 +69,7 @@ class Account:
     def used(self, asked: Invitation, rank: int, number: int, total: bytes) -> None:
         """A rank goes on with a sum: every rank is in it once, as it was given."""
         epoch = (asked.group, asked.epoch)
-        parts = self._given.get(epoch, {}).get(number, {})
+        parts = self._given.get(asked, {}).get(number, {})
         self.sums += not rank
         if sorted(parts) != list(range(asked.size)):
             self._blame("I10", f"sum {number} of {epoch} was used with ranks {sorted(parts)}")
@@ -76,7 +77,7 @@ class Account:
         true = sum(np.frombuffer(parts[one], np.float32) for one in sorted(parts))
         if np.asarray(true, np.float32).tobytes() != total:
             self._blame("I10", f"sum {number} of {epoch} is not that of its parts at rank {rank}")
-        self._given[epoch].pop(number - FORGET, None)
+        self._given[asked].pop(number - FORGET, None)
 
 
 class VirtualCollective(Collective):

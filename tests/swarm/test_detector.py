@@ -16,6 +16,7 @@ from hexswarm.detector import (
     MOST_SILENCE_S,
     PING_S,
     SILENCE_S,
+    STUCK_QUESTIONS,
     Ask,
     Decision,
     Detector,
@@ -356,6 +357,22 @@ def test_work_for_others_is_no_excuse_for_a_frame_that_was_lost() -> None:
     assert isinstance(made, Suspect)
     assert (made.peer, made.beside) == (B, A)
     assert client.now - began_s < 3.0
+
+
+def test_what_another_turn_has_found_out_needs_one_answer_less() -> None:
+    """And answers of its own: a lost way is no reason to leave a ring that moves."""
+    client = Client().running()
+    lost = [(B, A)]
+    assert client.detector.agree(lost) == []
+    client.told = lambda: {peer: far(160 - (peer != A), 160 - (peer != A)) for peer in STAGES}
+    while client.asked < STUCK_QUESTIONS - 1:
+        assert client.detector.agree(lost) == []
+        assert client.run(BEAT_S) == []
+    assert client.detector.agree([(C, B)]) == []
+    (made,) = client.detector.agree(lost)
+    assert isinstance(made, Suspect)
+    assert (made.peer, made.beside) == (B, A)
+    assert client.detector.agree(lost) == [], "it is said once"
 
 
 def test_the_first_token_may_take_four_times_what_was_predicted() -> None:
