@@ -41,7 +41,7 @@ from hexswarm.planning import Plan, Planner
 from hexswarm.records import PeerId
 from hexswarm.runtime import OpenSession, SessionRuntime
 from hexswarm.trace import Repair
-from hexswarm.wards import Stall, Ward, expected, pays, promised, repaired, replay_s
+from hexswarm.wards import Ward, expected, lost_for_good, pays, promised, replay_s
 
 log = logging.getLogger(__name__)
 
@@ -53,10 +53,6 @@ ASK_S = 1.5
 """So long stages may take to say how far they are."""
 PAUSE_S = (0.2, 1.0)
 """First and longest wait for a peer to come back where there is no route."""
-AVOID_S = 2.0
-"""So long a peer that failed this turn does not come into it again; twice as long each time."""
-ALONE_S = 1.0
-"""The same where there is nobody else, each time: what broke may have been the way between two."""
 RUMOUR_S = 2.0
 """So long our own link has to show that a peer is dead that others call lost."""
 CUT_S = 10.0
@@ -129,7 +125,7 @@ class Mender:
         if ward is None:
             return None
         if session.machine.failed is None:
-            self._settle(ward, self._clock.monotonic(), over=True)  # the last token is not counted
+            ward.settle(self._clock.monotonic(), over=True)  # the last token is not counted
         for task in (ward.mending, ward.asking):
             if task is not None:
                 task.cancel()
@@ -175,10 +171,11 @@ class Mender:
         ward.noted.add(peer)
         log.info("session %s: %s", ward.session.name, error.cause)
         how = error.how if isinstance(error, PeerLost) else error.cause
-        self._stop(ward).gone.setdefault(peer, how)
+        ward.stop(self._clock.monotonic()).gone.setdefault(peer, how)
         if isinstance(error, PeerLost) and error.beside is not None:
             self._cut(ward, peer, PeerId(error.beside))
-        self._avoid(ward, peer, error.retry_s if isinstance(error, Refused) else 0.0)
+        retry_s = error.retry_s if isinstance(error, Refused) else 0.0
+        ward.avoid_for_now(peer, self._clock.monotonic(), retry_s)
         if isinstance(error, PeerLost) and self._member.links.connected(peer):
             self._rumours.setdefault(peer, self._clock.monotonic())
         elif isinstance(error, PeerLost | RemoteProtocolError) or _at_fault(error):
@@ -191,20 +188,11 @@ class Mender:
         if self._lives(peer) and self._lives(beside):
             self._planner.cut(peer, beside)
 
-    def _avoid(self, ward: Ward, peer: PeerId, retry_s: float = 0.0) -> None:
-        """Longer with each failure of the peer in this turn."""
-        ward.failures[peer] += 1
-        avoid_s = AVOID_S * 2.0 ** (ward.failures[peer] - 1)
-        now = self._clock.monotonic()
-        ward.avoid[peer] = now + max(avoid_s, retry_s)
-        ward.refrain[peer] = now + max(ALONE_S, retry_s)
-
     def _avoided(self, ward: Ward, *, alone: bool = False) -> frozenset[PeerId]:
         """Who does not come in; with `alone`, who does not though there is nobody else."""
         now = self._clock.monotonic()
-        avoid = ward.refrain if alone else ward.avoid
-        failed = {peer for peer, until_s in avoid.items() if until_s > now}
-        return frozenset(failed | {p for p in self._pulse.peers if self._pulse.silent(p, now)})
+        silent = frozenset(p for p in self._pulse.peers if self._pulse.silent(p, now))
+        return ward.avoided(now, alone=alone) | silent
 
     def _check_rumours(self, now: float) -> None:
         """Others called these lost: our own link to them decides."""
@@ -215,27 +203,6 @@ class Mender:
             elif now - since_s < RUMOUR_S:
                 continue
             del self._rumours[peer]
-
-    def _stop(self, ward: Ward) -> Stall:
-        """The gap in which the turn is now; a new one if tokens came since the last."""
-        now = self._clock.monotonic()
-        self._settle(ward, now)
-        if ward.stall is None:
-            since_s = min(now, ward.detector.token_s)
-            ward.stall = Stall(since_s, now, ward.known, ward.session.route, {})
-        ward.stall.mended_at = None
-        return ward.stall
-
-    def _settle(self, ward: Ward, token_s: float, *, over: bool = False) -> None:
-        """A gap is over once the new route has given a token."""
-        stall = ward.stall
-        if stall is None or stall.mended_at is None or (ward.known <= stall.mended_at and not over):
-            return
-        ward.stall = None
-        stall_s = max(0.0, token_s - stall.since_s)
-        repair = repaired(stall.route, ward.session.route, stall.gone, stall.position, stall_s)
-        if repair is not None:
-            ward.repairs.append(repair)
 
     def _replaced(self, ward: Ward) -> None:
         """The stages know how to go on: what they have to replay is nobody's fault."""
@@ -279,7 +246,7 @@ class Mender:
                     ward.news.set()
                 continue
             made = ward.detector.beat(now, ward.known, self._pulse, rtts_s, owed=machine.awaited)
-            self._settle(ward, ward.detector.token_s)
+            ward.settle(ward.detector.token_s)
             self._decide(ward, made)
 
     def _decide(self, ward: Ward, decisions: Iterable[Decision]) -> None:
@@ -310,11 +277,11 @@ class Mender:
         if peer not in spans or not ward.alive:
             return
         self._planner.failed(peer, heard=beside is not None and self._lives(peer))
-        self._stop(ward).gone[peer] = how
+        ward.stop(self._clock.monotonic()).gone[peer] = how
         ward.noted.add(peer)
         if beside is not None:
             self._cut(ward, peer, beside)
-        self._avoid(ward, peer)
+        ward.avoid_for_now(peer, self._clock.monotonic())
         log.info("session %s: peer %s %s", ward.session.name, peer[-8:], how)
         layers = spans[peer].first, spans[peer].end
         ward.session.suspect(peer, PeerLost(peer, layers, how))
@@ -348,7 +315,7 @@ class Mender:
         while ward.alive and machine.mending:
             self._member.transport.check()  # cut off from all, there is nobody to mend it with
             if self._too_late(ward):
-                ward.session.give_up(self._lost_for_good(ward, why))
+                ward.session.give_up(lost_for_good(ward, why, self._repair_s))
                 return
             ward.news.clear()
             if machine.broken:
@@ -395,7 +362,7 @@ class Mender:
             with contextlib.suppress(NoRoute):
                 plan = await self._planner.replan(ward.plan, without, *args, avoided)
                 for peer in without - gone:
-                    self._avoid(ward, peer)
+                    ward.avoid_for_now(peer, self._clock.monotonic())
                 return plan
         return await self._planner.replan(ward.plan, gone, *args, self._avoided(ward, alone=True))
 
@@ -405,7 +372,7 @@ class Mender:
         return self._member.links.connected(peer) and not self._pulse.silent(peer, now)
 
     def _reroute(self, ward: Ward, plan: Plan) -> None:
-        self._stop(ward)
+        ward.stop(self._clock.monotonic())
         ward.plan = plan
         ward.noted.clear()
         ward.beside.clear()
@@ -477,25 +444,6 @@ class Mender:
         except Exception as error:  # hivemind raises many kinds; the view stays old
             log.warning("reading the directory failed: %r", error)
 
-    def _lost_for_good(self, ward: Ward, why: NoRoute | None) -> HexswarmError:
-        """What the caller of the answer is told."""
-        broken = ward.session.machine.broken
-        peer, cause = next(iter(broken.items()))
-        spans = {stage.peer: stage.span for stage in ward.session.route.stages}
-        first, end = spans[peer].first, spans[peer].end
-        how = cause.how if isinstance(cause, PeerLost) else f"failed: {cause.cause}"
-        if why is None:
-            how += f", and in {self._repair_s:.0f} s nobody could take over"
-        elif why.binding in ("coverage", "state", "peers"):  # whom we avoid ourselves is no reason
-            how += f", and in {self._repair_s:.0f} s nobody else was found for these layers"
-        else:
-            how += f", and in {self._repair_s:.0f} s nobody could take over: {why.cause}"
-        final = PeerLost(peer, (first, end), how)
-        if why is not None:
-            final.remedy = f"start another with `hexswarm peer --span {first}:{end}`"
-        final.__cause__ = why or cause
-        return final
-
     # --- moving ---------------------------------------------------------------------------------
 
     async def _move(self, ward: Ward) -> None:
@@ -523,7 +471,7 @@ class Mender:
             await self._pause(ward, PAUSE_S[1])  # somebody may come before it goes
 
     def _begin_move(self, ward: Ward, plan: Plan, slow: Mapping[PeerId, float]) -> None:
-        stall = self._stop(ward)
+        stall = ward.stop(self._clock.monotonic())
         stays = {stage.peer for stage in plan.route.stages}
         for stage in ward.session.route.stages:
             if stage.peer not in stays:
