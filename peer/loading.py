@@ -17,7 +17,7 @@ from hexswarm.peer.cache import BLOCK_TOKENS
 from hexswarm.peer.fitting import held_bytes
 from hexswarm.peer.hosting import Host, Hosting
 from hexswarm.peer.packing import kept_of
-from hexswarm.peer.probe import Measured, cached, measure, rehearse, try_threads
+from hexswarm.peer.probe import BLOCKS, Measured, cached, measure, rehearse, try_threads
 from hexswarm.peer.runner import Runner
 from hexswarm.peer.threads import fewest_threads
 from hexswarm.progress import Progress
@@ -111,7 +111,7 @@ def _prepare(
         progress.note(said)
     blocks = -(-config.kv_tokens // BLOCK_TOKENS)
     try:
-        pool = shard.make_pool(blocks)
+        pool = shard.make_pool(max(blocks, BLOCKS))
     except (torch.OutOfMemoryError, RuntimeError) as error:
         raise OutOfMemory(
             f"KV for {config.kv_tokens} tokens does not fit {device}",

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 
+from hexswarm.errors import UnsupportedModel
 from hexswarm.peer.leases import blocks_of
-from hexswarm.peer.steps import Activations, Batch, Row, TailPolicy
+from hexswarm.peer.steps import Activations, Batch, Result, Row, TailPolicy
 from hexswarm.peer.steptime import CHUNK_TOKENS
 from hexswarm.records import Sampling, Span, Speed
 
@@ -33,7 +34,9 @@ REPEATS = 8
 MOST_EFFICIENT = 1024
 WORDS = 16
 """Token ids that every vocabulary has."""
-VERSION = 3
+BLOCKS = blocks_of(CHUNK_TOKENS + STEPS + 1)
+"""Of the scratch session: a pool has as many, however few may be leased."""
+VERSION = 4
 """Of the cached figures: raised when something else is measured, or otherwise."""
 
 
@@ -47,15 +50,20 @@ class Measured:
 
 
 def measure(
-    run: Callable[[Batch], Any], span: Span, layers: int, hidden: int, dtype: str
+    run: Callable[[Batch], Iterable[Result]], span: Span, layers: int, hidden: int, dtype: str
 ) -> Measured:
-    """Seconds per token and layer of `run`, which must accept rows on blocks from 0 on."""
+    """Seconds per token and layer of `run`, which must accept rows on the first `BLOCKS` blocks.
+
+    Raises UnsupportedModel if a row is refused: that takes no time, and is no speed.
+    """
     rows = _Rows(span, layers, hidden, dtype)
 
     def timed(*batch: Row) -> float:
         began = time.perf_counter()
-        run(Batch(batch))
-        return time.perf_counter() - began
+        results = run(Batch(batch))
+        took_s = time.perf_counter() - began
+        _check(results)
+        return took_s
 
     def one(position: int, count: int, sample: bool = False) -> float:
         return timed(rows.row(b"probe", position, count, sample))
@@ -90,11 +98,14 @@ def measure(
     return Measured(speed, _efficient_tokens(short, prefill))
 
 
-def rehearse(run: Callable[[Batch], Any], span: Span, layers: int, hidden: int, dtype: str) -> None:
-    """Run each kind of piece once that sessions bring, on blocks from 0 on.
+def rehearse(
+    run: Callable[[Batch], Iterable[Result]], span: Span, layers: int, hidden: int, dtype: str
+) -> None:
+    """Run each kind of piece once that sessions bring, on the first `BLOCKS` blocks.
 
     On a GPU what has not been met is compiled, or loaded, when it comes: seconds, which would else
-    fall into somebody's answer, and most likely into one that has just lost another peer.
+    fall into somebody's answer, and most likely into one that has just lost another peer. Raises
+    UnsupportedModel.
     """
     rows, half = _Rows(span, layers, hidden, dtype), CHUNK_TOKENS // 2
     drawn = TailPolicy(Sampling(temperature=0.7, top_k=20, top_p=0.9))
@@ -106,19 +117,32 @@ def rehearse(run: Callable[[Batch], Any], span: Span, layers: int, hidden: int, 
         [rows.row(b"probe", half, 1, True), rows.row(b"other", 0, half, False)],
         [replace(rows.row(b"probe", half, 1, True), policy=drawn if rows.tail else None)],
     ):
-        run(Batch(tuple(batch)))
+        _check(run(Batch(tuple(batch))))
 
 
-def again(run: Callable[[Batch], Any], span: Span, layers: int, hidden: int, dtype: str) -> float:
+def _check(results: Iterable[Result]) -> None:
+    for result in results:
+        if result.error is not None:
+            raise UnsupportedModel(
+                f"this machine fails at its own layers: {result.error}",
+                remedy="try `--device cpu`, or another model",
+            )
+
+
+def again(
+    run: Callable[[Batch], Iterable[Result]], span: Span, layers: int, hidden: int, dtype: str
+) -> float:
     """Seconds of a single decode step, now; only while no session has KV in the pool."""
     row = _Rows(span, layers, hidden, dtype).row(b"probe", CHUNK_TOKENS, 1, False)
     began = time.perf_counter()
-    run(Batch((row,)))
-    return time.perf_counter() - began
+    results = run(Batch((row,)))
+    took_s = time.perf_counter() - began
+    _check(results)
+    return took_s
 
 
 def try_threads(
-    run: Callable[[Batch], Any],
+    run: Callable[[Batch], Iterable[Result]],
     resize: Callable[[int], None],
     span: Span,
     layers: int,
@@ -140,7 +164,7 @@ class _Rows:
 
     def __init__(self, span: Span, layers: int, hidden: int, dtype: str) -> None:
         self._head, self.tail = span.first == 0, span.end == layers
-        self._blocks = tuple(range(blocks_of(CHUNK_TOKENS + STEPS + 1)))
+        self._blocks = tuple(range(BLOCKS))
         self._hidden, self._dtype = hidden, dtype
 
     def row(self, session: bytes, position: int, count: int, sample: bool) -> Row:

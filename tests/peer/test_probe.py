@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from hexswarm.errors import UnsupportedModel
 from hexswarm.peer import probe
 from hexswarm.peer.probe import (
     MOST_EFFICIENT,
@@ -19,7 +20,7 @@ from hexswarm.peer.probe import (
     measure,
     rehearse,
 )
-from hexswarm.peer.steps import Activations, Batch
+from hexswarm.peer.steps import Activations, Batch, Result
 from hexswarm.records import Span, Speed
 
 FOUND = Measured(Speed(0.001, 0.0001, 0.01, 0.0002), 77)
@@ -28,10 +29,10 @@ FOUND = Measured(Speed(0.001, 0.0001, 0.01, 0.0002), 77)
 SPANS = [Span(0, 2), Span(2, 4), Span(4, 6), Span(0, 6)]
 
 
-def checked(span: Span, seen: list[Batch]) -> Callable[[Batch], None]:
+def checked(span: Span, seen: list[Batch]) -> Callable[[Batch], list[Result]]:
     """A runner of 6 layers and 8 dimensions that notes batches and takes none that it may not."""
 
-    def run(batch: Batch) -> None:
+    def run(batch: Batch) -> list[Result]:
         for row in batch.rows:
             assert row.position + row.count <= 16 * len(row.blocks)
             if span.first == 0:
@@ -44,6 +45,7 @@ def checked(span: Span, seen: list[Batch]) -> Callable[[Batch], None]:
         assert len({row.session for row in batch.rows}) == len(batch.rows)
         assert len({row.position for row in batch.rows}) == len(batch.rows)
         seen.append(batch)
+        return [Result(row) for row in batch.rows]
 
     return run
 
@@ -73,12 +75,22 @@ def test_the_rehearsal_has_all_kinds_of_pieces(span: Span) -> None:
     assert drawn == (span.end == 6), "a token that is drawn"
 
 
+@pytest.mark.parametrize("act", [measure, rehearse])
+def test_a_row_that_is_refused_is_no_fast_one(act: Callable[..., object]) -> None:
+    def run(batch: Batch) -> list[Result]:
+        return [Result(row, error="a block is outside 0..3") for row in batch.rows]
+
+    with pytest.raises(UnsupportedModel, match="a block is outside"):
+        act(run, Span(0, 2), layers=6, hidden=8, dtype="float32")
+
+
 def test_a_row_more_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device whose batches take 8 ms and 1 ms a token more, on a clock of its own."""
     now = [0.0]
 
-    def run(batch: Batch) -> None:
+    def run(batch: Batch) -> list[Result]:
         now[0] += 0.008 + 0.001 * batch.tokens
+        return []
 
     monkeypatch.setattr(probe.time, "perf_counter", lambda: now[0])
     speed = measure(run, Span(0, 2), layers=6, hidden=8, dtype="float32").speed
@@ -126,7 +138,12 @@ def test_figures_of_an_older_version_are_measured_anew(tmp_path: Path) -> None:
 @pytest.mark.parametrize("span", [Span(0, 4), Span(4, 8), Span(8, 12)])
 def test_a_step_at_rest_is_one_legal_row(span: Span) -> None:
     seen: list[Batch] = []
-    assert again(seen.append, span, 12, 8, "float32") >= 0
+
+    def run(batch: Batch) -> list[Result]:
+        seen.append(batch)
+        return [Result(row) for row in batch.rows]
+
+    assert again(run, span, 12, 8, "float32") >= 0
     ((row,),) = [batch.rows for batch in seen]
     assert row.count == 1
     assert not row.sample

@@ -14,6 +14,7 @@ from hexswarm.peer.fitting import held_bytes, kept_bits, longest_runs
 from hexswarm.peer.hosting import Machine
 from hexswarm.peer.loading import load
 from hexswarm.peer.models.registry import architecture
+from hexswarm.peer.probe import BLOCKS
 from hexswarm.peer.shard import Shard
 from hexswarm.peer.weights import load_span, span_bytes
 from hexswarm.progress import Quiet
@@ -63,6 +64,18 @@ def test_bits_are_kept_where_triton_runs(folder, monkeypatch):
     monkeypatch.setattr(dispatch, "_young", lambda device: True)
     assert kept_bits(config, folder, "cuda", "bfloat16") == 4
     assert kept_bits(PeerConfig(), folder, "cuda", "bfloat16") == 16
+
+
+def test_a_peer_with_room_for_one_block_knows_its_speed(folder, tmp_path, monkeypatch):
+    """Rows that the pool has no blocks for were refused, in no time, and passed for fast ones."""
+    monkeypatch.setenv("HEXSWARM_CACHE", str(tmp_path))
+    config = PeerConfig(kv_tokens=16, threads=1)
+    served = load(
+        *(config, folder, Span(1, 2), "cpu", "float32", Quiet()), Machine(config, RealClock())
+    )
+    assert served.blocks == 1
+    assert served.runner.pool.blocks == BLOCKS
+    assert served.measured.speed.decode_layer_s > 1e-5
 
 
 @pytest.mark.parametrize("quant", ["none", "int8"])
