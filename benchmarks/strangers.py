@@ -1,6 +1,6 @@
 """What a crowd of strangers costs a peer: memory, and the steps of an honest session.
 
-    python benchmarks/strangers.py [--strangers 200] [--daemons 18] [--tokens 80] [--kinds loud ...]
+    python benchmarks/strangers.py [--strangers 200] [--daemons 18] [--tokens 300] [--kinds loud]
 
 One real peer serves the whole default model on loopback, one honest client has it answer the same
 prompt again and again: before, while a crowd of strangers holds on to the peer, and after. The
@@ -20,6 +20,9 @@ out:
     malformed   makes a link and sends noise as a header
     deaf        makes a link, asks for answers and reads none
     loud        makes a link and sends pings without a pause
+
+In the first seconds all call at once; after that offenders wait. `--tokens 80` sees little more
+than those seconds.
 
 Strangers have no session; who has one may hold more (`hexswarm.guests`), against KV. Memory is the
 resident set of the peer's process and of its libp2p daemon, which is hivemind's, apart. Steps are
@@ -363,7 +366,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="what a crowd of strangers costs a peer")
     parser.add_argument("--strangers", type=int, default=200)
     parser.add_argument("--daemons", type=int, default=18)
-    parser.add_argument("--tokens", type=int, default=80)
+    parser.add_argument("--tokens", type=int, default=300)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="what they do")
     parser.add_argument("--attack", nargs=2, metavar=("PEER", "ADDRESS"), help=argparse.SUPPRESS)
     flags = parser.parse_args()
