@@ -236,12 +236,12 @@ class Planner:
         for avoided in (*self._avoided(), frozenset[PeerId]()):
             asked = replace(request, deny=request.deny | deny | avoided)
             try:
-                view, route, kept = await self._fill(plan, asked, gone)
+                view, route, within = await self._fill(plan, asked, gone)
             except NoRoute:
                 if not avoided:
                     raise
             else:
-                return Plan(view, replace(plan.request, tpot_s=kept.tpot_s), route)
+                return Plan(view, replace(plan.request, tpot_s=within.tpot_s), route)
         raise AssertionError("the last try raises")
 
     async def _fill(
