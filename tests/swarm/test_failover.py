@@ -13,6 +13,7 @@ import pytest
 from hexswarm.bans import Bans
 from hexswarm.client import AsyncClient
 from hexswarm.conversation import Answer, Completion
+from hexswarm.detector import ASK_AGAIN_S
 from hexswarm.directory import SignedAnnouncement
 from hexswarm.errors import PeerLost
 from hexswarm.explained import repair_text
@@ -441,6 +442,24 @@ async def without_memory(w: World, c: AsyncClient, avoided: Sequence[PeerId]) ->
     assert all(it.kept)
     assert not avoided or not {*avoided} <= {*it.before}
     return now() - began_s
+
+
+@scenario
+async def test_what_one_answer_has_found_out_the_others_know() -> None:
+    """A way is cut. Where another turn has just lost it, one answer less is waited for."""
+    gaps_s: list[float] = []
+    for known in (False, True):
+        async with client(*TWICE) as (w, c):
+
+            def part(w: World, route: Route, c: AsyncClient = c, known: bool = known) -> None:
+                head, second = at(route, (0, 1))
+                w.network.freeze(head, second)
+                if known:
+                    c._mender._cuts[second, head] = now()
+
+            gaps_s.append((await struck(w, c, (10, part))).gap_s)
+            w.network.heal(PeerId("p0"), PeerId("p1"))
+    assert gaps_s[1] < gaps_s[0] - ASK_AGAIN_S / 2
 
 
 @scenario

@@ -458,6 +458,20 @@ async def test_those_who_may_come_in_are_asked_at_once_whether_they_live() -> No
 
 
 @scenario
+async def test_who_answers_is_not_taken_if_more_of_the_route_would_have_to_change() -> None:
+    async with client((0, 4), (2, 4), (4, 6), (2, 4)) as (w, c):
+        for pair in combinations((P0, P1, P2, P3, w.transport.local), 2):
+            c._planner._view.told.remember(pair, Link(0.001), 0.0)
+        plan = await c.plan(8, 30)
+        stages = Stage(P0, Span(0, 2)), Stage(P1, Span(2, 4)), Stage(P2, Span(4, 6))
+        plan = replace(plan, route=replace(plan.route, stages=stages))
+        await vanish(w, P3)
+        gone = frozenset({P1})
+        mended = await c._planner.replan(plan, gone, 20, 18, gone)
+        assert peers(mended.route) == ["p0", "p3", "p2"], "p0 alone would compute its part again"
+
+
+@scenario
 async def test_a_stage_that_goes_on_need_not_be_in_the_directory() -> None:
     async with client(*SPARED) as (_, c):
         plan = await c.plan(8, 30)
