@@ -83,6 +83,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
+    if given.folder.exists():
+        parser.error(f"{given.folder} is there already: name a folder that is not")
     written = write_model(given.folder, given.shape, given.layers, given.dtype, given.device)
     print(f"wrote {written / 1e9:.1f} GB")
 
